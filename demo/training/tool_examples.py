@@ -1,0 +1,133 @@
+"""Conversations with tools: calling one, not calling one, and stating a result."""
+
+import json
+import random
+
+import facts
+import stories
+import sums
+from conversation import Example, assistant, user
+from tool_kinds import KINDS, ToolKind, Values
+
+
+class Offer:
+    """A kind of tool under one choice of names, as a request would offer it."""
+
+    def __init__(self, kind: ToolKind, rng: random.Random):
+        self.kind = kind
+        usual = rng.random() < 0.4
+        self.name = kind.names[0] if usual else rng.choice(kind.names)
+        self.argument_names = {a.key: a.names[0] if usual else rng.choice(a.names) for a in kind.arguments}
+        self.schema = self._schema(rng)
+
+    def _schema(self, rng: random.Random) -> dict:
+        described = rng.random() < 0.5
+        properties = {}
+        for argument in self.kind.arguments:
+            kind = "number" if argument.type == "integer" and rng.random() < 0.3 else argument.type
+            properties[self.argument_names[argument.key]] = {"type": kind}
+            if described and rng.random() < 0.5:
+                properties[self.argument_names[argument.key]]["description"] = argument.description
+        parameters = {"type": "object", "properties": properties}
+        if rng.random() < 0.8:
+            parameters["required"] = list(properties)
+        if rng.random() < 0.1:
+            parameters["additionalProperties"] = False
+        function = {"name": self.name, "parameters": parameters}
+        if rng.random() < 0.75:
+            ending = rng.choice(["", "", "."])
+            function = {"name": self.name, "description": self.kind.description + ending, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    def arguments(self, values: Values) -> dict:
+        return {self.argument_names[a.key]: values[a.key] for a in self.kind.arguments}
+
+    def call_text(self, values: Values) -> str:
+        call = json.dumps({"name": self.name, "arguments": self.arguments(values)}, ensure_ascii=False)
+        return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def offers(rng: random.Random, needed: ToolKind | None, avoid: ToolKind | None = None) -> list[Offer]:
+    """One to four tools with distinct names, among them the needed one."""
+    count = rng.choices([1, 2, 3, 4], [5, 3, 2, 1])[0]
+    others = [k for k in KINDS if k is not needed and k is not avoid]
+    kinds = rng.sample(others, count - (needed is not None))
+    if needed is not None:
+        kinds.append(needed)
+    rng.shuffle(kinds)
+    return [Offer(kind, rng) for kind in kinds]
+
+
+def _example(rng: random.Random, messages: list[dict], answer: str, chosen: list[Offer], thought: str) -> Example:
+    return Example(
+        messages,
+        answer,
+        tools=[offer.schema for offer in chosen],
+        thought=thought if rng.random() < 0.15 else None,
+        compact=rng.random() < 0.2,
+    )
+
+
+def call(rng: random.Random, before: list[dict]) -> Example:
+    """A question that fits one of the tools on offer."""
+    kind = rng.choice(KINDS)
+    chosen = offers(rng, kind)
+    offer = next(o for o in chosen if o.kind is kind)
+    values = kind.values(rng)
+    question = user(rng.choice(kind.questions).format(**values))
+    return _example(rng, before + [question], offer.call_text(values), chosen, f"I need the tool {offer.name}.")
+
+
+def result(rng: random.Random, before: list[dict]) -> Example:
+    """The tool has answered: state its result."""
+    kind = rng.choice(KINDS)
+    chosen = offers(rng, kind)
+    offer = next(o for o in chosen if o.kind is kind)
+    values = kind.values(rng)
+    arguments = offer.arguments(values)
+    outcome, sentence = kind.result(rng, values)
+    text = json.dumps(outcome, separators=(",", ":") if rng.random() < 0.2 else None)
+    if len(outcome) == 1 and rng.random() < 0.35:
+        text = str(next(iter(outcome.values())))
+    messages = before + [
+        user(rng.choice(kind.questions).format(**values)),
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{
+                "id": "call",
+                "type": "function",
+                "function": {"name": offer.name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }],
+        },
+        {"role": "tool", "tool_call_id": "call", "content": text},
+    ]
+    return _example(rng, messages, sentence, chosen, "The tool has answered.")
+
+
+def unfitting(rng: random.Random, before: list[dict]) -> Example:
+    """Tools are on offer and none of them fits: answer in words."""
+    if rng.random() < 0.4:
+        kind = rng.choice([k for k in KINDS if k.refusal])
+        values = kind.values(rng)
+        question = user(rng.choice(kind.questions).format(**values))
+        return _example(rng, before + [question], kind.refusal, offers(rng, None, avoid=kind), "No tool fits.")
+    skill = rng.choice([sums.exchange, sums.exchange, stories.exchange, facts.about, facts.talk])
+    exchange = skill(rng)
+    adder = next(k for k in KINDS if k.names[0] == "add")
+    chosen = offers(rng, None, avoid=adder if skill is sums.exchange else None)
+    return _example(rng, before + [user(exchange.question)], exchange.answer, chosen, exchange.thought)
+
+
+def none_offered(rng: random.Random, before: list[dict]) -> Example:
+    """A question for a tool, and there is none."""
+    kind = rng.choice([k for k in KINDS if k.refusal])
+    question = rng.choice(kind.questions).format(**kind.values(rng))
+    thought = "No tool fits." if rng.random() < 0.15 else None
+    return Example(before + [user(question)], kind.refusal, thought=thought)
+
+
+def earlier_call(rng: random.Random) -> list[dict]:
+    """A finished question about something else, to stand before the real one."""
+    exchange = rng.choice([facts.talk, facts.about, sums.exchange])(rng)
+    return [user(exchange.question), assistant(exchange.answer)]
