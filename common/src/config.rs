@@ -1,0 +1,166 @@
+//! Typed reading of `config.json`: each value checked where it is read, each error names its key.
+
+use serde_json::{Map, Value};
+
+/// Why a config was refused.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("config.json has no `{key}`: the file is incomplete, download the model again")]
+    Missing { key: String },
+    #[error("config.json: `{key}` must be {wanted}, not {found}")]
+    Invalid { key: String, wanted: String, found: String },
+    #[error("config.json: {message}")]
+    Contradiction { message: String },
+    #[error("model_type `{model_type}` is not supported; supported: {supported}")]
+    UnknownModelType { model_type: String, supported: String },
+    #[error("config.json: {feature} is not supported yet for model_type `{model_type}`")]
+    Unsupported { model_type: String, feature: String },
+}
+
+/// A JSON object of a config, with the path to it for messages.
+#[derive(Debug, Clone, Copy)]
+pub struct Config<'a> {
+    map: &'a Map<String, Value>,
+    path: &'static str,
+}
+
+impl<'a> Config<'a> {
+    pub fn new(value: &'a Value) -> Result<Self, ConfigError> {
+        let map = value.as_object().ok_or_else(|| invalid("config.json", "an object", value))?;
+        Ok(Self { map, path: "" })
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}{key}", self.path)
+    }
+
+    /// The value, None when absent or null.
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    /// The nested object under `key`.
+    pub fn object(&self, key: &'static str, path: &'static str) -> Result<Option<Config<'a>>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let map = value.as_object().ok_or_else(|| invalid(&self.key(key), "an object", value))?;
+                Ok(Config { map, path })
+            })
+            .transpose()
+    }
+
+    fn required<T>(&self, key: &str, value: Option<T>) -> Result<T, ConfigError> {
+        value.ok_or_else(|| ConfigError::Missing { key: self.key(key) })
+    }
+
+    /// An integer from `min` to `max`.
+    pub fn maybe_u32(&self, key: &str, min: u32, max: u32) -> Result<Option<u32>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let number = value.as_u64().or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64));
+                number
+                    .and_then(|number| u32::try_from(number).ok())
+                    .filter(|number| (min..=max).contains(number))
+                    .ok_or_else(|| invalid(&self.key(key), &format!("a whole number from {min} to {max}"), value))
+            })
+            .transpose()
+    }
+
+    pub fn u32(&self, key: &str, min: u32, max: u32) -> Result<u32, ConfigError> {
+        self.required(key, self.maybe_u32(key, min, max)?)
+    }
+
+    /// A finite number from `min` to `max`.
+    pub fn maybe_f32(&self, key: &str, min: f32, max: f32) -> Result<Option<f32>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                value
+                    .as_f64()
+                    .map(|number| number as f32)
+                    .filter(|number| number.is_finite() && (min..=max).contains(number))
+                    .ok_or_else(|| invalid(&self.key(key), &format!("a number from {min} to {max}"), value))
+            })
+            .transpose()
+    }
+
+    pub fn f32(&self, key: &str, min: f32, max: f32) -> Result<f32, ConfigError> {
+        self.required(key, self.maybe_f32(key, min, max)?)
+    }
+
+    pub fn bool_or(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
+        self.get(key).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| invalid(&self.key(key), "true or false", value)))
+    }
+
+    pub fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+        self.get(key).map(|value| value.as_str().ok_or_else(|| invalid(&self.key(key), "a text", value))).transpose()
+    }
+
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let items = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
+                items.ok_or_else(|| invalid(&self.key(key), "a list of texts", value))
+            })
+            .transpose()
+    }
+
+    pub fn u32s(&self, key: &str) -> Result<Option<Vec<u32>>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let number = |value: &Value| value.as_u64().and_then(|number| u32::try_from(number).ok());
+                let items = value.as_array().and_then(|items| items.iter().map(number).collect::<Option<Vec<_>>>());
+                items.ok_or_else(|| invalid(&self.key(key), "a list of whole numbers", value))
+            })
+            .transpose()
+    }
+
+    /// All keys with their values, in the order of the file.
+    pub fn entries(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+        self.map.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
+    /// The token ids that end a generation: `eos_token_id` as a number or a list.
+    pub fn eos_token_ids(&self, vocab_size: u32) -> Result<Vec<u32>, ConfigError> {
+        let ids = match self.get("eos_token_id") {
+            None => Vec::new(),
+            Some(Value::Array(_)) => self.u32s("eos_token_id")?.unwrap_or_default(),
+            Some(_) => self.maybe_u32("eos_token_id", 0, u32::MAX)?.into_iter().collect(),
+        };
+        match ids.iter().find(|id| **id >= vocab_size) {
+            Some(id) => Err(ConfigError::Invalid {
+                key: "eos_token_id".into(),
+                wanted: format!("below the vocabulary size {vocab_size}"),
+                found: id.to_string(),
+            }),
+            None => Ok(ids),
+        }
+    }
+}
+
+fn invalid(key: &str, wanted: &str, found: &Value) -> ConfigError {
+    let mut found: String = found.to_string().chars().take(80).collect();
+    if found.is_empty() {
+        found.push_str("nothing");
+    }
+    ConfigError::Invalid { key: key.to_owned(), wanted: wanted.to_owned(), found }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn errors_name_the_key() {
+        let value = json!({"a": 0, "b": "5", "c": null, "d": 1e12, "e": [1, -2], "rope": {"factor": "x"}});
+        let config = Config::new(&value).expect("an object");
+        let message = |error: ConfigError| error.to_string();
+        assert_eq!(message(config.u32("a", 1, 9).expect_err("too small")), "config.json: `a` must be a whole number from 1 to 9, not 0");
+        assert_eq!(message(config.u32("b", 1, 9).expect_err("a text")), "config.json: `b` must be a whole number from 1 to 9, not \"5\"");
+        assert_eq!(config.u32("c", 1, 9), Err(ConfigError::Missing { key: "c".into() }));
+        assert!(config.u32("d", 1, 9).is_err());
+        assert!(config.u32s("e").is_err());
+        let rope = config.object("rope", "rope.").expect("an object").expect("present");
+        assert!(message(rope.f32("factor", 0.0, 1.0).expect_err("a text")).contains("`rope.factor`"));
+    }
+}

@@ -1,0 +1,121 @@
+//! What an engine process is told to be, and how it is linked to the others of its instance.
+
+use crate::{
+    ids::{EngineId, Epoch, NodeId},
+    units::Bytes,
+};
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// Where a model's files come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelSource {
+    /// A folder that every node of the plan has under this path.
+    Folder(String),
+    /// A repository on the Hugging Face hub at a revision (a commit where known).
+    Repo { id: String, revision: String },
+}
+
+impl std::fmt::Display for ModelSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ModelSource::Folder(path) => f.write_str(path),
+            ModelSource::Repo { id, revision } => write!(f, "{id}@{revision}"),
+        }
+    }
+}
+
+/// One shard that a worker shall keep an engine for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineSpec {
+    pub id: EngineId,
+    pub model: ModelSource,
+    /// Hash of the config and the weight index as the coordinator saw them; an engine that sees others refuses.
+    pub fingerprint: u64,
+    pub stage: u32,
+    pub n_stages: u32,
+    pub layers: Range<u32>,
+    /// Longest sequence, prompt and answer together.
+    pub context_tokens: u32,
+    /// Tokens that the KV caches of all sequences together may hold.
+    pub cache_tokens: u64,
+    /// What the plan reserves on the node for this engine.
+    pub memory: Bytes,
+}
+
+impl EngineSpec {
+    pub fn is_first(&self) -> bool {
+        self.stage == 0
+    }
+
+    pub fn is_last(&self) -> bool {
+        self.stage + 1 == self.n_stages
+    }
+}
+
+/// Connects an engine to its neighbours for one epoch; all sequences of earlier epochs are dropped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub epoch: Epoch,
+    /// The engine of the next stage, or of the lead when this is the last stage. None when there is one stage.
+    pub next: Option<Peer>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    pub node: NodeId,
+    pub name: String,
+    /// `host:port`, best first.
+    pub addresses: Vec<String>,
+}
+
+/// What a node is, measured by its worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeFacts {
+    pub id: NodeId,
+    pub name: String,
+    pub version: String,
+    pub os: String,
+    pub chip: String,
+    /// What models may use: the GPU's share of unified memory on a Mac, or `--memory-limit`.
+    pub usable_memory: Bytes,
+    pub total_memory: Bytes,
+    /// Bytes per second read from memory by a streaming kernel.
+    pub memory_bandwidth: f64,
+    /// Floating-point operations per second of a large f32 matrix product.
+    pub matmul_rate: f64,
+    pub addresses: Vec<String>,
+}
+
+/// An engine as its worker sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineStatus {
+    pub id: EngineId,
+    pub state: EngineState,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum EngineState {
+    Fetching {
+        file: String,
+        done: Bytes,
+        total: Bytes,
+    },
+    Loading {
+        done: Bytes,
+        total: Bytes,
+    },
+    /// Serves on this port; `incarnation` tells one process from the next.
+    Ready {
+        port: u32,
+        incarnation: u64,
+        resident: Bytes,
+    },
+    /// Gone; the worker starts it again by itself after `retry_in_ms`, unless it is hopeless.
+    Failed {
+        cause: String,
+        output: Vec<String>,
+        retry_in_ms: Option<u64>,
+    },
+}
