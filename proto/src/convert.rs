@@ -1,0 +1,488 @@
+//! Conversions between wire messages and nouns: what comes from outside is checked here, once.
+
+use crate::wire;
+use mlx_cluster_common::{
+    PROTOCOL_VERSION, VERSION,
+    engine::{EngineSpec, EngineState, EngineStatus, Link, ModelSource, NodeFacts, Peer},
+    ids::{EngineId, Epoch, NodeId, SequenceId},
+    request::{Delivery, EngineLoad, FinishReason, SessionCommand, Submission, TokenOut},
+    sampling::SamplingParams,
+    step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
+    units::Bytes,
+};
+
+/// A message that breaks the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("message without `{0}`")]
+    Missing(&'static str),
+    #[error("`{field}` is {value}")]
+    Invalid { field: &'static str, value: String },
+    #[error("{name} runs mlx-cluster {version} (protocol {protocol}), this node {ours} (protocol {our_protocol}): install the same version on both", ours = VERSION, our_protocol = PROTOCOL_VERSION)]
+    Version { name: String, version: String, protocol: u32 },
+    #[error("{name} belongs to cluster `{theirs}`, this node to `{ours}`")]
+    Cluster { name: String, theirs: String, ours: String },
+}
+
+impl From<WireError> for tonic::Status {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Version { .. } | WireError::Cluster { .. } => tonic::Status::failed_precondition(error.to_string()),
+            _ => tonic::Status::invalid_argument(error.to_string()),
+        }
+    }
+}
+
+impl wire::Hello {
+    pub fn new(cluster: &str, node: &NodeId, name: &str) -> Self {
+        Self { protocol: PROTOCOL_VERSION, version: VERSION.into(), cluster: cluster.into(), node: node.0.clone(), name: name.into() }
+    }
+
+    /// Refuses a peer of another protocol version or another cluster.
+    pub fn check(&self, cluster: &str) -> Result<(), WireError> {
+        if self.protocol != PROTOCOL_VERSION {
+            return Err(WireError::Version { name: self.name.clone(), version: self.version.clone(), protocol: self.protocol });
+        }
+        if self.cluster != cluster {
+            return Err(WireError::Cluster { name: self.name.clone(), theirs: self.cluster.clone(), ours: cluster.into() });
+        }
+        Ok(())
+    }
+}
+
+// --- engines wanted and observed ---
+
+impl From<EngineSpec> for wire::EngineSpec {
+    fn from(spec: EngineSpec) -> Self {
+        use wire::engine_spec::Model;
+        Self {
+            id: spec.id.0,
+            model: Some(match spec.model {
+                ModelSource::Folder(path) => Model::Folder(path),
+                ModelSource::Repo { id, revision } => Model::Repo(wire::RepoSource { id, revision }),
+            }),
+            fingerprint: spec.fingerprint,
+            stage: spec.stage,
+            n_stages: spec.n_stages,
+            layers_start: spec.layers.start,
+            layers_end: spec.layers.end,
+            context_tokens: spec.context_tokens,
+            cache_tokens: spec.cache_tokens,
+            memory_bytes: spec.memory.0,
+        }
+    }
+}
+
+impl TryFrom<wire::EngineSpec> for EngineSpec {
+    type Error = WireError;
+
+    fn try_from(spec: wire::EngineSpec) -> Result<Self, WireError> {
+        use wire::engine_spec::Model;
+        if spec.layers_start >= spec.layers_end || spec.stage >= spec.n_stages {
+            return Err(WireError::Invalid { field: "layers", value: format!("{}..{}", spec.layers_start, spec.layers_end) });
+        }
+        Ok(Self {
+            id: EngineId(spec.id),
+            model: match spec.model.ok_or(WireError::Missing("model"))? {
+                Model::Folder(path) => ModelSource::Folder(path),
+                Model::Repo(repo) => ModelSource::Repo { id: repo.id, revision: repo.revision },
+            },
+            fingerprint: spec.fingerprint,
+            stage: spec.stage,
+            n_stages: spec.n_stages,
+            layers: spec.layers_start..spec.layers_end,
+            context_tokens: spec.context_tokens,
+            cache_tokens: spec.cache_tokens,
+            memory: Bytes(spec.memory_bytes),
+        })
+    }
+}
+
+impl From<EngineStatus> for wire::EngineStatus {
+    fn from(status: EngineStatus) -> Self {
+        use wire::engine_status::State;
+        let state = match status.state {
+            EngineState::Fetching { file, done, total } => {
+                State::Fetching(wire::Fetching { file, done_bytes: done.0, total_bytes: total.0 })
+            }
+            EngineState::Loading { done, total } => State::Loading(wire::Loading { done_bytes: done.0, total_bytes: total.0 }),
+            EngineState::Ready { port, incarnation, resident } => {
+                State::Ready(wire::Ready { port, incarnation, resident_bytes: resident.0 })
+            }
+            EngineState::Failed { cause, output, retry_in_ms } => State::Failed(wire::Failed { cause, output, retry_in_ms }),
+        };
+        Self { id: status.id.0, state: Some(state) }
+    }
+}
+
+impl TryFrom<wire::EngineStatus> for EngineStatus {
+    type Error = WireError;
+
+    fn try_from(status: wire::EngineStatus) -> Result<Self, WireError> {
+        use wire::engine_status::State;
+        let state = match status.state.ok_or(WireError::Missing("state"))? {
+            State::Fetching(fetching) => {
+                EngineState::Fetching { file: fetching.file, done: Bytes(fetching.done_bytes), total: Bytes(fetching.total_bytes) }
+            }
+            State::Loading(loading) => EngineState::Loading { done: Bytes(loading.done_bytes), total: Bytes(loading.total_bytes) },
+            State::Ready(ready) => {
+                EngineState::Ready { port: ready.port, incarnation: ready.incarnation, resident: Bytes(ready.resident_bytes) }
+            }
+            State::Failed(failed) => EngineState::Failed { cause: failed.cause, output: failed.output, retry_in_ms: failed.retry_in_ms },
+        };
+        Ok(Self { id: EngineId(status.id), state })
+    }
+}
+
+impl wire::NodeFacts {
+    /// Joins what a node says of itself with who it says it is.
+    pub fn into_facts(self, hello: &wire::Hello) -> NodeFacts {
+        NodeFacts {
+            id: NodeId(hello.node.clone()),
+            name: hello.name.clone(),
+            version: hello.version.clone(),
+            os: self.os,
+            chip: self.chip,
+            usable_memory: Bytes(self.usable_memory_bytes),
+            total_memory: Bytes(self.total_memory_bytes),
+            memory_bandwidth: self.memory_bandwidth,
+            matmul_rate: self.matmul_rate,
+            addresses: self.addresses,
+        }
+    }
+}
+
+impl From<&NodeFacts> for wire::NodeFacts {
+    fn from(facts: &NodeFacts) -> Self {
+        Self {
+            os: facts.os.clone(),
+            chip: facts.chip.clone(),
+            usable_memory_bytes: facts.usable_memory.0,
+            total_memory_bytes: facts.total_memory.0,
+            memory_bandwidth: facts.memory_bandwidth,
+            matmul_rate: facts.matmul_rate,
+            addresses: facts.addresses.clone(),
+        }
+    }
+}
+
+// --- linking ---
+
+impl From<Link> for wire::LinkRequest {
+    fn from(link: Link) -> Self {
+        let next = link.next.map(|peer| wire::Peer { node: peer.node.0, name: peer.name, addresses: peer.addresses });
+        Self { epoch: link.epoch.0, next, protocol: PROTOCOL_VERSION, version: VERSION.into() }
+    }
+}
+
+impl TryFrom<wire::LinkRequest> for Link {
+    type Error = WireError;
+
+    fn try_from(request: wire::LinkRequest) -> Result<Self, WireError> {
+        if request.protocol != PROTOCOL_VERSION {
+            return Err(WireError::Version { name: "the coordinator".into(), version: request.version, protocol: request.protocol });
+        }
+        let next = request.next.map(|peer| Peer { node: NodeId(peer.node), name: peer.name, addresses: peer.addresses });
+        Ok(Self { epoch: Epoch(request.epoch), next })
+    }
+}
+
+// --- sampling ---
+
+impl From<SamplingParams> for wire::SamplingParams {
+    fn from(params: SamplingParams) -> Self {
+        Self {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            top_k: params.top_k,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            logit_bias: params.logit_bias.into_iter().map(|(token, bias)| wire::LogitBias { token, bias }).collect(),
+            seed: params.seed,
+            logprobs: params.logprobs,
+            prompt_logprobs: params.prompt_logprobs,
+            max_tokens: params.max_tokens,
+            stop_tokens: params.stop_tokens,
+        }
+    }
+}
+
+impl From<wire::SamplingParams> for SamplingParams {
+    fn from(params: wire::SamplingParams) -> Self {
+        Self {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            top_k: params.top_k,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            logit_bias: params.logit_bias.into_iter().map(|entry| (entry.token, entry.bias)).collect(),
+            seed: params.seed,
+            logprobs: params.logprobs,
+            prompt_logprobs: params.prompt_logprobs,
+            max_tokens: params.max_tokens,
+            stop_tokens: params.stop_tokens,
+        }
+    }
+}
+
+// --- steps ---
+
+impl wire::StepFrame {
+    pub fn new(step: Step, activations: Vec<wire::Tensor>) -> Self {
+        Self {
+            epoch: step.epoch.0,
+            number: step.number,
+            admissions: step.admissions.into_iter().map(wire::Admission::from).collect(),
+            releases: step.releases.into_iter().map(|sequence| sequence.0).collect(),
+            segments: step.segments.into_iter().map(wire::Segment::from).collect(),
+            activations,
+        }
+    }
+
+    pub fn into_step(self) -> Result<(Step, Vec<wire::Tensor>), WireError> {
+        let step = Step {
+            epoch: Epoch(self.epoch),
+            number: self.number,
+            admissions: self.admissions.into_iter().map(Admission::try_from).collect::<Result<_, _>>()?,
+            releases: self.releases.into_iter().map(SequenceId).collect(),
+            segments: self.segments.into_iter().map(Segment::from).collect(),
+        };
+        Ok((step, self.activations))
+    }
+}
+
+impl From<Admission> for wire::Admission {
+    fn from(admission: Admission) -> Self {
+        Self { sequence: admission.sequence.0, params: Some(admission.params.into()), tokens_max: admission.tokens_max }
+    }
+}
+
+impl TryFrom<wire::Admission> for Admission {
+    type Error = WireError;
+
+    fn try_from(admission: wire::Admission) -> Result<Self, WireError> {
+        let params = admission.params.ok_or(WireError::Missing("params"))?.into();
+        Ok(Self { sequence: SequenceId(admission.sequence), params, tokens_max: admission.tokens_max })
+    }
+}
+
+impl From<Segment> for wire::Segment {
+    fn from(segment: Segment) -> Self {
+        let previous = segment.tokens == [Token::Previous];
+        let known = |token: Token| match token {
+            Token::Id(id) => Some(id),
+            Token::Previous => None,
+        };
+        Self {
+            sequence: segment.sequence.0,
+            start: segment.start,
+            tokens: segment.tokens.into_iter().filter_map(known).collect(),
+            previous,
+            sample: segment.output.sample,
+            prompt_logprobs: segment.output.prompt_logprobs,
+        }
+    }
+}
+
+impl From<wire::Segment> for Segment {
+    fn from(segment: wire::Segment) -> Self {
+        let tokens = match segment.previous {
+            true => vec![Token::Previous],
+            false => segment.tokens.into_iter().map(Token::Id).collect(),
+        };
+        let output = Output { sample: segment.sample, prompt_logprobs: segment.prompt_logprobs };
+        Self { sequence: SequenceId(segment.sequence), start: segment.start, tokens, output }
+    }
+}
+
+impl From<TokenOut> for wire::Token {
+    fn from(token: TokenOut) -> Self {
+        let top = token.top.into_iter().map(|(id, logprob)| wire::Alternative { id, logprob }).collect();
+        Self { id: token.id, logprob: token.logprob, top }
+    }
+}
+
+impl From<wire::Token> for TokenOut {
+    fn from(token: wire::Token) -> Self {
+        Self { id: token.id, logprob: token.logprob, top: token.top.into_iter().map(|entry| (entry.id, entry.logprob)).collect() }
+    }
+}
+
+impl From<StepResult> for wire::StepResult {
+    fn from(result: StepResult) -> Self {
+        let sequence = |entry: SegmentResult| {
+            let (prompt_start, prompt) = entry.prompt.unwrap_or_default();
+            wire::SegmentResult {
+                sequence: entry.sequence.0,
+                sampled: entry.sampled.map(wire::Token::from),
+                prompt_start,
+                prompt: prompt.into_iter().map(wire::Token::from).collect(),
+            }
+        };
+        Self { epoch: result.epoch.0, number: result.number, sequences: result.sequences.into_iter().map(sequence).collect() }
+    }
+}
+
+impl From<wire::StepResult> for StepResult {
+    fn from(result: wire::StepResult) -> Self {
+        let sequence = |entry: wire::SegmentResult| SegmentResult {
+            sequence: SequenceId(entry.sequence),
+            sampled: entry.sampled.map(TokenOut::from),
+            prompt: (!entry.prompt.is_empty()).then(|| (entry.prompt_start, entry.prompt.into_iter().map(TokenOut::from).collect())),
+        };
+        Self { epoch: Epoch(result.epoch), number: result.number, sequences: result.sequences.into_iter().map(sequence).collect() }
+    }
+}
+
+// --- the session ---
+
+impl From<SessionCommand> for wire::SessionCommand {
+    fn from(command: SessionCommand) -> Self {
+        use wire::session_command::Command;
+        let command = match command {
+            SessionCommand::Submit(Submission { sequence, prompt, params }) => {
+                Command::Submit(wire::Submission { sequence: sequence.0, prompt, params: Some(params.into()) })
+            }
+            SessionCommand::Cancel(sequence) => Command::Cancel(sequence.0),
+        };
+        Self { command: Some(command) }
+    }
+}
+
+impl TryFrom<wire::Submission> for Submission {
+    type Error = WireError;
+
+    fn try_from(submission: wire::Submission) -> Result<Self, WireError> {
+        if submission.prompt.is_empty() {
+            return Err(WireError::Missing("prompt"));
+        }
+        let params = submission.params.ok_or(WireError::Missing("params"))?.into();
+        Ok(Self { sequence: SequenceId(submission.sequence), prompt: submission.prompt, params })
+    }
+}
+
+impl From<Delivery> for wire::Delivery {
+    fn from(delivery: Delivery) -> Self {
+        use wire::{delivery::Delivery as Wire, finished::Reason};
+        let delivery = match delivery {
+            Delivery::Prompt { sequence, start, tokens } => Wire::Prompt(wire::PromptTokens {
+                sequence: sequence.0,
+                start,
+                tokens: tokens.into_iter().map(wire::Token::from).collect(),
+            }),
+            Delivery::Token { sequence, token } => Wire::Token(wire::GeneratedToken { sequence: sequence.0, token: Some(token.into()) }),
+            Delivery::Finished { sequence, reason } => {
+                let reason = match reason {
+                    FinishReason::Stop => Reason::Stop,
+                    FinishReason::Length => Reason::Length,
+                };
+                Wire::Finished(wire::Finished { sequence: sequence.0, reason: reason.into() })
+            }
+            Delivery::Refused { sequence, message } => Wire::Refused(wire::Refused { sequence: sequence.0, message }),
+            Delivery::Load(load) => Wire::Load(wire::EngineLoad {
+                running: load.running,
+                waiting: load.waiting,
+                cache_tokens_used: load.cache_tokens_used,
+                cache_tokens_max: load.cache_tokens_max,
+            }),
+        };
+        Self { delivery: Some(delivery) }
+    }
+}
+
+/// A delivery, or the end of the epoch with the node at fault and what happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SessionEvent {
+    Delivery(Delivery),
+    Broken { node: String, message: String },
+}
+
+impl TryFrom<wire::Delivery> for SessionEvent {
+    type Error = WireError;
+
+    fn try_from(delivery: wire::Delivery) -> Result<Self, WireError> {
+        use wire::{delivery::Delivery as Wire, finished::Reason};
+        let delivery = match delivery.delivery.ok_or(WireError::Missing("delivery"))? {
+            Wire::Prompt(prompt) => Delivery::Prompt {
+                sequence: SequenceId(prompt.sequence),
+                start: prompt.start,
+                tokens: prompt.tokens.into_iter().map(TokenOut::from).collect(),
+            },
+            Wire::Token(token) => {
+                Delivery::Token { sequence: SequenceId(token.sequence), token: token.token.ok_or(WireError::Missing("token"))?.into() }
+            }
+            Wire::Finished(finished) => {
+                let reason = match finished.reason() {
+                    Reason::Stop => FinishReason::Stop,
+                    Reason::Length => FinishReason::Length,
+                };
+                Delivery::Finished { sequence: SequenceId(finished.sequence), reason }
+            }
+            Wire::Refused(refused) => Delivery::Refused { sequence: SequenceId(refused.sequence), message: refused.message },
+            Wire::Load(load) => Delivery::Load(EngineLoad {
+                running: load.running,
+                waiting: load.waiting,
+                cache_tokens_used: load.cache_tokens_used,
+                cache_tokens_max: load.cache_tokens_max,
+            }),
+            Wire::Broken(broken) => return Ok(SessionEvent::Broken { node: broken.node, message: broken.message }),
+        };
+        Ok(SessionEvent::Delivery(delivery))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step() -> Step {
+        let segment = |sequence, tokens: Vec<Token>, sample| Segment {
+            sequence: SequenceId(sequence),
+            start: 3,
+            tokens,
+            output: Output { sample, prompt_logprobs: sequence == 1 },
+        };
+        Step {
+            epoch: Epoch(4),
+            number: 9,
+            admissions: vec![Admission {
+                sequence: SequenceId(1),
+                params: SamplingParams { logit_bias: vec![(3, -1.5)], logprobs: Some(2), ..Default::default() },
+                tokens_max: 40,
+            }],
+            releases: vec![SequenceId(7)],
+            segments: vec![segment(1, vec![Token::Id(5), Token::Id(6)], None), segment(2, vec![Token::Previous], Some(8))],
+        }
+    }
+
+    #[test]
+    fn a_step_survives_the_wire() {
+        let tensor = wire::Tensor { name: "hidden".into(), dtype: "F32".into(), shape: vec![3, 2], data: vec![1u8; 24].into() };
+        let frame = wire::StepFrame::new(step(), vec![tensor.clone()]);
+        assert_eq!(frame.into_step(), Ok((step(), vec![tensor])));
+    }
+
+    #[test]
+    fn a_result_survives_the_wire() {
+        let token = TokenOut { id: 3, logprob: Some(-0.5), top: vec![(3, -0.5), (4, -2.0)] };
+        let result = StepResult {
+            epoch: Epoch(1),
+            number: 2,
+            sequences: vec![SegmentResult { sequence: SequenceId(1), sampled: Some(token.clone()), prompt: Some((4, vec![token])) }],
+        };
+        assert_eq!(StepResult::from(wire::StepResult::from(result.clone())), result);
+    }
+
+    #[test]
+    fn another_version_and_another_cluster_are_refused_with_both_named() {
+        let hello = wire::Hello { protocol: 99, version: "9.0".into(), ..wire::Hello::new("home", &"n".into(), "mini") };
+        let message = hello.check("home").expect_err("too new").to_string();
+        assert!(message.contains("mini") && message.contains("9.0") && message.contains(VERSION), "{message}");
+        let hello = wire::Hello::new("office", &"n".into(), "mini");
+        assert!(hello.check("home").expect_err("elsewhere").to_string().contains("office"));
+    }
+}
