@@ -1,1 +1,4 @@
-//! placeholder
+//! What one Mac does for the cluster: a supervisor that never touches MLX, and engines that each hold one shard.
+
+pub mod engine;
+pub mod supervisor;

@@ -1,0 +1,3 @@
+//! The engine process: one shard of one model, fed with steps by its neighbours.
+
+pub mod boot;
