@@ -20,7 +20,7 @@ pub struct ServedModel {
     pub vocab_size: u32,
     /// Longest sequence, prompt and answer together.
     pub context_tokens: u32,
-    pub tokenizer: ChatTokenizer,
+    pub tokenizer: Arc<ChatTokenizer>,
     /// None when the model has no chat template.
     pub template: Option<ChatTemplate>,
     /// Unix seconds.
