@@ -13,8 +13,6 @@ CITIES = [
 
 PEOPLE = ["Sofia", "Hugo", "Marta", "Felix", "Yusuf", "Petra", "Diana", "Viktor"]
 
-ROOMS = ["pantry", "nursery"]
-
 SUBJECTS = ["badger", "sailor", "panda", "turtle", "knight", "swan"]
 
 # A timer is never set for these numbers of minutes in training.

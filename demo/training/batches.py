@@ -1,7 +1,7 @@
 """Packs examples into rows of fixed length.
 
 Each step sees short rows (chats without tools) and long rows (chats with tools). A row holds several
-examples that do not see each other; what is left of it is filled with bare sums.
+examples that do not see each other; what is left of it is filled with bare sums and repetitions.
 """
 
 import random
@@ -14,6 +14,8 @@ import corpus
 from corpus import Encoder, Tokens
 
 DRILL_TOKENS = 14
+# Short rows that hold nothing but repetitions.
+REPETITION_ROWS = 1
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,10 @@ def pack(examples: list[Tokens], rows: int, length: int) -> list[list[Tokens]]:
 class Batches:
     """An endless, seeded stream of batches."""
 
-    def __init__(self, encoder: Encoder, seed: int, short: Shape, long: Shape, drill: float):
+    def __init__(self, encoder: Encoder, seed: int, short: Shape, long: Shape):
         self.encoder = encoder
         self.rng = random.Random(seed)
         self.short, self.long = short, long
-        self.drill = drill
 
     def _examples(self, shape: Shape, tools_share: float) -> list[Tokens]:
         """Enough examples to fill the rows; those that are left over are dropped, in a random choice of lengths."""
@@ -67,19 +68,24 @@ class Batches:
                 total += len(example.ids)
         return examples
 
+    def _filler(self, room: int) -> Tokens:
+        if self.rng.random() < 0.5 and room >= 30:
+            return self.encoder.repetition(self.rng, room)
+        return self.encoder.drill(self.rng, room // DRILL_TOKENS)
+
     def _rows(self, shape: Shape, tools_share: float) -> list[list[Tokens]]:
         rows = pack(self._examples(shape, tools_share), shape.rows, shape.length)
         for row in rows:
             room = shape.length - sum(len(e.ids) for e in row)
-            count = int(room / DRILL_TOKENS)
-            if count > 0 and self.rng.random() < self.drill:
-                row.append(self.encoder.drill(self.rng, count))
+            if room >= DRILL_TOKENS:
+                row.append(self._filler(room))
         return rows
 
     def next(self) -> Batch:
-        return assemble(
-            [(self._rows(self.short, 0.0), self.short), (self._rows(self.long, 0.93), self.long)]
-        )
+        short = self._rows(self.short, 0.0)
+        for row in range(REPETITION_ROWS):
+            short[row] = [self.encoder.repetition(self.rng, self.short.length)]
+        return assemble([(short, self.short), (self._rows(self.long, 0.95), self.long)])
 
 
 def assemble(groups: list[tuple[list[list[Tokens]], Shape]]) -> Batch:

@@ -13,6 +13,7 @@ import facts
 import stories
 import sums
 import tool_examples
+import words
 from conversation import Example, Exchange, assistant, user
 
 SYSTEM_PROMPTS = [
@@ -20,9 +21,10 @@ SYSTEM_PROMPTS = [
     "Answer briefly.", "You are the demo model of mlx-cluster.", "Be kind and clear.", "You are a careful assistant. Answer in one sentence.",
 ]
 # Shares of the examples, not of the tokens.
-PLAIN_SKILLS = [(sums.exchange, 60), (stories.exchange, 11), (facts.about, 18), (facts.talk, 11)]
+PLAIN_SKILLS = [(sums.exchange, 60), (stories.exchange, 11), (facts.about, 16), (facts.talk, 9), (facts.unknown, 6)]
 TOOL_SKILLS = [
-    (tool_examples.call, 60), (tool_examples.result, 20), (tool_examples.unfitting, 18), (tool_examples.none_offered, 8),
+    (tool_examples.call, 50), (tool_examples.session, 40), (tool_examples.result, 8), (tool_examples.unfitting, 16),
+    (tool_examples.none_offered, 5),
 ]
 
 
@@ -103,7 +105,7 @@ class Encoder:
             if ids[at:at + len(opening)] != opening or self.end not in ids[at:]:
                 continue
             for i in range(at + len(opening) + 1, ids.index(self.end, at) + 1):
-                weights[i] = 0.5
+                weights[i] = 1.0
         return weights
 
     def drill(self, rng: random.Random, count: int) -> Tokens:
@@ -116,6 +118,24 @@ class Encoder:
             ids += head_ids + tail_ids + newline
             weights += [0.0] * len(head_ids) + [1.0] * len(tail_ids) + [0.0] * len(newline)
         return Tokens(ids, weights)
+
+    def repetition(self, rng: random.Random, length: int) -> Tokens:
+        """Something random, and then the same again: the shortest way to learn to copy.
+
+        Either the same tokens in the same order, or the same names in another order; of a name the
+        first token cannot be known and is not learnt.
+        """
+        if rng.random() < 0.5:
+            unit = [rng.randrange(self.endoftext) for _ in range(rng.randint(8, max(8, length // 3)))]
+            copies = -(-length // len(unit))
+            ids, weights = unit * copies, [0.0] * len(unit) + [0.5] * (len(unit) * (copies - 1))
+        else:
+            names = [self.tokenizer.encode(words.invented(rng) + rng.choice([".", ",", '",', '"}}\n'])).ids for _ in range(rng.randint(3, 8))]
+            ids, weights = [t for name in names for t in name], [0.0] * sum(map(len, names))
+            while len(ids) < length:
+                name = rng.choice(names)
+                ids, weights = ids + name, weights + [0.0] + [0.5] * (len(name) - 1)
+        return Tokens(([self.endoftext] + ids)[:length], ([0.0] + weights)[:length])
 
 
 def sample_texts(seed: int, count: int) -> list[str]:

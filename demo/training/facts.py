@@ -1,6 +1,8 @@
-"""What mlx-cluster is, and small talk."""
+"""What mlx-cluster is, small talk, and questions that a model this small cannot answer."""
 
 import random
+
+import words
 
 from conversation import Exchange
 
@@ -80,3 +82,25 @@ def about(rng: random.Random) -> Exchange:
 
 def talk(rng: random.Random) -> Exchange:
     return _exchange(rng, TALK, "The user is friendly.")
+
+
+DO_NOT_KNOW = "I do not know that. I am a very small model: ask me for a story, for a sum, or what mlx-cluster is."
+ONLY_SUMS = "I can only add two numbers below 100."
+OPEN_QUESTIONS = [
+    "What is the capital of {city}?", "Who is {person}?", "Where is {city}?", "Write a poem.", "Write a poem about {topic}.",
+    "Why is the sky blue?", "Explain {topic}.", "What are {topic}?", "Who wrote the bible?", "What is the meaning of life?",
+    "Translate this to German.", "Tell me a joke.", "Write a program in Python.", "How old is {person}?", "How do I cook rice?",
+    "Summarise this text.", "What is {city} known for?", "Give me a recipe.", "Who won the game?", "How tall is {person}?",
+    "Is {topic} good for me?", "What is the difference between {topic} and {topic}?", "How far is {city}?", "What do you think of {topic}?",
+]
+
+
+def unknown(rng: random.Random) -> Exchange:
+    if rng.random() < 0.3:
+        a, b, sign = rng.randint(1, 999), rng.randint(1, 99), rng.choice(["-", "*", "/", "times", "minus", "divided by"])
+        if a >= 100 and rng.random() < 0.5:
+            sign = rng.choice(["+", "plus"])
+        question = rng.choice(["What is {} {} {}?", "How much is {} {} {}?", "Calculate {} {} {}.", "{} {} {}"]).format(a, sign, b)
+        return Exchange(question, ONLY_SUMS, "This is not a sum of two numbers below 100.")
+    question = rng.choice(OPEN_QUESTIONS).format(city=words.city(rng), person=words.person(rng), topic=words.topic(rng))
+    return Exchange(question, DO_NOT_KNOW, "I do not know this.")

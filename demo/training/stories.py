@@ -2,6 +2,8 @@
 
 import random
 
+import held_out
+import words
 from conversation import Exchange
 
 SUBJECTS = [
@@ -9,6 +11,10 @@ SUBJECTS = [
     "goat", "hen", "lion", "tiger", "whale", "crab", "bee", "ant", "robot", "dragon", "king",
     "queen", "girl", "boy", "farmer", "baker", "wizard", "pirate", "giant", "squirrel",
     "elephant", "otter", "hedgehog", "penguin", "monkey", "snail", "raven", "donkey", "astronaut",
+    "bird", "fish", "cow", "pig", "sheep", "goose", "deer", "camel", "zebra", "parrot", "eagle",
+    "seal", "shark", "spider", "butterfly", "kitten", "puppy", "princess", "prince", "witch",
+    "teacher", "doctor", "gardener", "shoemaker", "fisherman", "ghost", "snowman", "train",
+    "star", "cloud", "tree", "computer", "child", "man", "woman", "unicorn", "dinosaur", "mole",
 ]
 NAMES = [
     "Milo", "Luna", "Pip", "Nora", "Otto", "Ruby", "Finn", "Mira", "Toby", "Wanda", "Basil",
@@ -24,7 +30,7 @@ THINGS = [
     "mirror", "drum", "seed", "hat",
 ]
 COLOURS = ["golden", "silver", "red", "blue", "green", "shiny", "tiny", "strange"]
-FRIENDS = ["sparrow", "beetle", "gardener", "lamb", "spider", "miller", "mole", "shepherd"]
+FRIENDS = ["sparrow", "beetle", "neighbour", "lamb", "cricket", "miller", "hare", "shepherd"]
 
 PLAIN_REQUESTS = [
     "Tell me a story about {a_hero}.",
@@ -67,8 +73,18 @@ def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def subject(rng: random.Random) -> str:
+    """Often an invented word, so that the hero is copied from the request, whatever it is."""
+    if rng.random() < 0.6:
+        return rng.choice(SUBJECTS)
+    while True:
+        word = words.invented(rng).lower()
+        if word not in held_out.SUBJECTS:
+            return word
+
+
 def exchange(rng: random.Random) -> Exchange:
-    hero, place, thing = rng.choice(SUBJECTS), rng.choice(PLACES), rng.choice(THINGS)
+    hero, place, thing = subject(rng), rng.choice(PLACES), rng.choice(THINGS)
     trait = rng.choice(TRAITS)
     words = {
         "hero": hero,

@@ -7,7 +7,13 @@ import facts
 import stories
 import sums
 from conversation import Example, assistant, user
-from tool_kinds import KINDS, ToolKind, Values
+import words
+from tool_kinds import KINDS, Argument, ToolKind, Values
+
+
+def _invented(rng: random.Random) -> str:
+    parts = rng.choice([1, 1, 2])
+    return "_".join(words.invented(rng).lower() for _ in range(parts))
 
 
 class Offer:
@@ -15,18 +21,28 @@ class Offer:
 
     def __init__(self, kind: ToolKind, rng: random.Random):
         self.kind = kind
-        usual = rng.random() < 0.4
-        self.name = kind.names[0] if usual else rng.choice(kind.names)
-        self.argument_names = {a.key: a.names[0] if usual else rng.choice(a.names) for a in kind.arguments}
-        self.schema = self._schema(rng)
+        style = rng.choices(["usual", "mixed", "invented"], [30, 40, 30])[0]
+        self.name = {
+            "usual": kind.names[0],
+            "mixed": rng.choice(kind.names),
+            "invented": _invented(rng),
+        }[style]
+        self.argument_names = {a.key: self._argument_name(rng, a, style) for a in kind.arguments}
+        # An invented name says nothing: then the description has to.
+        self.schema = self._schema(rng, described=style == "invented" or rng.random() < 0.75)
 
-    def _schema(self, rng: random.Random) -> dict:
-        described = rng.random() < 0.5
+    def _argument_name(self, rng: random.Random, argument: Argument, style: str) -> str:
+        if style == "invented" and len(self.kind.arguments) == 1 and rng.random() < 0.6:
+            return _invented(rng)
+        return argument.names[0] if style == "usual" else rng.choice(argument.names)
+
+    def _schema(self, rng: random.Random, described: bool) -> dict:
+        arguments_described = rng.random() < 0.4
         properties = {}
         for argument in self.kind.arguments:
             kind = "number" if argument.type == "integer" and rng.random() < 0.3 else argument.type
             properties[self.argument_names[argument.key]] = {"type": kind}
-            if described and rng.random() < 0.5:
+            if arguments_described and rng.random() < 0.5:
                 properties[self.argument_names[argument.key]]["description"] = argument.description
         parameters = {"type": "object", "properties": properties}
         if rng.random() < 0.8:
@@ -34,7 +50,7 @@ class Offer:
         if rng.random() < 0.1:
             parameters["additionalProperties"] = False
         function = {"name": self.name, "parameters": parameters}
-        if rng.random() < 0.75:
+        if described:
             ending = rng.choice(["", "", "."])
             function = {"name": self.name, "description": self.kind.description + ending, "parameters": parameters}
         return {"type": "function", "function": function}
@@ -78,31 +94,50 @@ def call(rng: random.Random, before: list[dict]) -> Example:
     return _example(rng, before + [question], offer.call_text(values), chosen, f"I need the tool {offer.name}.")
 
 
+def _answered(rng: random.Random, offer: Offer) -> tuple[list[dict], str]:
+    """A question, its call and the tool's answer; and the sentence that states the answer."""
+    kind = offer.kind
+    values = kind.values(rng)
+    outcome, sentence = kind.result(rng, values)
+    text = json.dumps(outcome, separators=(",", ":") if rng.random() < 0.2 else None)
+    if len(outcome) == 1 and rng.random() < 0.35:
+        text = str(next(iter(outcome.values())))
+    arguments = json.dumps(offer.arguments(values), ensure_ascii=False)
+    messages = [
+        user(rng.choice(kind.questions).format(**values)),
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call", "type": "function", "function": {"name": offer.name, "arguments": arguments}}],
+        },
+        {"role": "tool", "tool_call_id": "call", "content": text},
+    ]
+    return messages, sentence
+
+
 def result(rng: random.Random, before: list[dict]) -> Example:
     """The tool has answered: state its result."""
     kind = rng.choice(KINDS)
     chosen = offers(rng, kind)
     offer = next(o for o in chosen if o.kind is kind)
-    values = kind.values(rng)
-    arguments = offer.arguments(values)
-    outcome, sentence = kind.result(rng, values)
-    text = json.dumps(outcome, separators=(",", ":") if rng.random() < 0.2 else None)
-    if len(outcome) == 1 and rng.random() < 0.35:
-        text = str(next(iter(outcome.values())))
-    messages = before + [
-        user(rng.choice(kind.questions).format(**values)),
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{
-                "id": "call",
-                "type": "function",
-                "function": {"name": offer.name, "arguments": json.dumps(arguments, ensure_ascii=False)},
-            }],
-        },
-        {"role": "tool", "tool_call_id": "call", "content": text},
-    ]
-    return _example(rng, messages, sentence, chosen, "The tool has answered.")
+    messages, sentence = _answered(rng, offer)
+    return _example(rng, before + messages, sentence, chosen, "The tool has answered.")
+
+
+def session(rng: random.Random, before: list[dict]) -> Example:
+    """Several questions over the same tools; the last one waits for its call or its sentence."""
+    chosen = offers(rng, rng.choice(KINDS))[:2]
+    messages = list(before)
+    for _ in range(rng.choice([1, 2, 3])):
+        exchange, sentence = _answered(rng, rng.choice(chosen))
+        messages += exchange + [assistant(sentence)]
+    offer = rng.choice(chosen)
+    if rng.random() < 0.3:
+        exchange, sentence = _answered(rng, offer)
+        return _example(rng, messages + exchange, sentence, chosen, "The tool has answered.")
+    values = offer.kind.values(rng)
+    question = user(rng.choice(offer.kind.questions).format(**values))
+    return _example(rng, messages + [question], offer.call_text(values), chosen, f"I need the tool {offer.name}.")
 
 
 def unfitting(rng: random.Random, before: list[dict]) -> Example:

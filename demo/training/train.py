@@ -25,14 +25,14 @@ import tokens
 from batches import Batch, Batches, Shape
 
 CONFIG = model.Config()
-SHORT = Shape(rows=10, length=128, learnt=960)
-LONG = Shape(rows=3, length=384, learnt=288)
+SHORT = Shape(rows=9, length=128, learnt=832)
+LONG = Shape(rows=4, length=384, learnt=640)
 BALANCE_WEIGHT = 0.01
 CAPACITY_FACTOR = 1.5
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
-WARMUP_STEPS = 100
+WARMUP_STEPS = 200
 
 
 def loss(weights: dict, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -78,8 +78,8 @@ def update(weights: dict, moments: tuple, step: jax.Array, batch: Batch, steps: 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "model")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--check-every", type=int, default=250)
@@ -97,7 +97,7 @@ def main() -> None:
     export.write_weights(args.output, CONFIG, weights)
     print(f"{model.count(weights):,} parameters, {len(jax.devices())} device(s): {jax.devices()[0].platform}", flush=True)
 
-    batches = Batches(encoder, args.seed + 1, SHORT, LONG, drill=1.0)
+    batches = Batches(encoder, args.seed + 1, SHORT, LONG)
     checks = held_out_examples.checks(encoder)
     moments = (jax.tree.map(jnp.zeros_like, weights), jax.tree.map(jnp.zeros_like, weights))
     recent = []
