@@ -1,4 +1,17 @@
-//! x
-use mlx_rs::Array;
-pub fn t() -> f32 { let a = Array::from_slice(&[1.0f32,2.0],&[2]); mlx_rs::ops::add(&a,&a).unwrap().sum(None).unwrap().item_exact::<f32>() }
-#[cfg(test)] mod tests { #[test] fn t() { assert_eq!(super::t(), 6.0); } }
+//! The maths of one shard: weights, blocks, caches, sampling on MLX. Knows nothing of processes, networks or the cluster.
+
+pub mod blocks;
+pub mod cache;
+pub mod compiled;
+pub mod error;
+pub mod ffi;
+pub mod linear;
+pub mod packing;
+pub mod probe;
+pub mod rope;
+pub mod sample;
+pub mod shard;
+pub mod weights;
+
+pub use error::LmError;
+pub use mlx_rs::Array;

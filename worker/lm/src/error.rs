@@ -1,0 +1,31 @@
+//! What can go wrong in the maths.
+
+use mlx_cluster_common::ids::SequenceId;
+use mlx_rs::error::Exception;
+
+/// A step that failed leaves the caches undefined: the engine has to drop all sequences, or end.
+#[derive(Debug, thiserror::Error)]
+pub enum LmError {
+    #[error("MLX: {0}")]
+    Mlx(String),
+    #[error("cannot read the weights in {file}: {cause}")]
+    Read { file: String, cause: String },
+    #[error("`{name}` is {found} in {file}, its header said {wanted}: the file changed while it was loaded")]
+    Changed { name: String, file: String, found: String, wanted: String },
+    #[error("parameter `{name}` was not loaded for this shard")]
+    NotLoaded { name: String },
+    #[error("{count} loaded parameters were not used, the first is `{first}`")]
+    NotUsed { count: usize, first: String },
+    #[error("sequence {sequence} is not known to this stage")]
+    UnknownSequence { sequence: SequenceId },
+    #[error("sequence {sequence}: the step starts at token {start}, the caches hold {held}")]
+    OutOfStep { sequence: SequenceId, start: u32, held: u32 },
+    #[error("the step needs {wanted} as input, it came with {found}")]
+    WrongInput { wanted: String, found: String },
+}
+
+impl From<Exception> for LmError {
+    fn from(exception: Exception) -> Self {
+        LmError::Mlx(exception.what().to_owned())
+    }
+}
