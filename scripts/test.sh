@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that a change must pass, from a clean clone on: formatting, lints, all Rust tests, documentation, parity with mlx-lm,
+# sameness of answers, the official client. One build serves them all. Goes on after a failure, and says at the end what failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+failed=()
+closing=()
+step() { # step NAME COMMAND…: runs it, keeps the runner's closing line
+  local name=$1 log start=$SECONDS
+  shift
+  log=$(mktemp)
+  printf '\n== %s\n' "$name"
+  if "$@" 2>&1 | tee "$log"; then
+    closing+=("ok      $name: $(closing_line "$log") ($((SECONDS - start)) s)")
+  else
+    failed+=("$name")
+    closing+=("FAILED  $name: $(closing_line "$log") ($((SECONDS - start)) s)")
+  fi
+  rm -f "$log"
+}
+closing_line() { # the counts of all test runners in a log together, else its last line
+  local counts
+  counts=$(sed -nE 's/^(test result: .*\. )?([0-9]+) passed[;,] ([0-9]+) failed.*/\2 \3/p' "$1" | awk '{p += $1; f += $2; n++} END {if (n) print p " passed, " f " failed"}')
+  echo "${counts:-done}"
+}
+rust_tests() { cargo test --locked --workspace; }
+rust_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps; }
+
+scripts/setup-mlx.sh || exit 1
+step 'formatting' cargo fmt --all --check
+step 'lints' cargo clippy --locked --workspace --all-targets -- -D warnings
+step 'rust tests' rust_tests
+step 'documentation' rust_docs
+
+python=$(scripts/python-env.sh) || exit 1
+export MLX_CLUSTER_BIN=$PWD/target/debug/mlx-cluster
+step 'parity with mlx-lm' "$python" tests/parity/parity.py
+step 'sameness' "$python" tests/parity/sameness.py
+step 'openai client' "$python" tests/clients/openai_client.py
+
+printf '\n== summary\n'
+printf '%s\n' "${closing[@]}"
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all passed"

@@ -1,0 +1,106 @@
+//! Which cluster `generate` and `chat` talk to: the one at `--url`, or a cluster of one that they start for themselves.
+
+use crate::{
+    client::Client,
+    failure::{Exit, Failure},
+    local_cluster::LocalCluster,
+    progress,
+};
+use serde_json::Value;
+use std::path::Path;
+use tokio_util::sync::CancellationToken;
+
+/// Where the API listens unless told otherwise; also where tools look for it.
+pub(crate) const DEFAULT_HTTP: &str = "127.0.0.1:8080";
+pub(crate) const DEFAULT_URL: &str = "http://127.0.0.1:8080";
+
+/// The flags by which a tool finds its cluster.
+#[derive(clap::Args)]
+pub(crate) struct TargetArgs {
+    /// A folder or a repository on the Hugging Face hub: with no coordinator running, this machine alone serves it for as long as needed
+    #[arg(long, value_name = "PATH|REPO")]
+    model: Option<String>,
+    /// The coordinator to talk to
+    #[arg(long, env = "MLX_CLUSTER_URL", default_value = DEFAULT_URL)]
+    url: String,
+    /// Longest sequence, prompt and answer together, when a cluster of one is started
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+}
+
+/// A cluster that is ready to answer.
+pub(crate) struct Target {
+    pub(crate) client: Client,
+    /// The served model's id.
+    pub(crate) model: String,
+    local: Option<LocalCluster>,
+}
+
+impl Target {
+    /// Finds or starts a cluster, and waits until its model can answer.
+    pub(crate) async fn reach(args: &TargetArgs, stop: &CancellationToken) -> anyhow::Result<Self> {
+        let client = Client::new(&args.url)?;
+        let found = client.cluster().await;
+        let mut target = match (found, &args.model) {
+            (Ok(_), _) => Self { client, model: String::new(), local: None },
+            (Err(_), Some(model)) => {
+                let local = LocalCluster::start(model, args.context).await?;
+                Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
+            }
+            (Err(cause), None) => {
+                let hint = "start one with `mlx-cluster coordinator --model …`, say where it is with --url, or give a --model to serve it here";
+                return Err(Failure::new(Exit::Network, format!("{cause}: {hint}")).into());
+            }
+        };
+        match target.become_ready(args, stop).await {
+            Ok(model) => {
+                target.model = model;
+                Ok(target)
+            }
+            Err(error) => {
+                let failed = target.close().await;
+                Err(failed.err().unwrap_or(error))
+            }
+        }
+    }
+
+    async fn become_ready(&mut self, args: &TargetArgs, stop: &CancellationToken) -> anyhow::Result<String> {
+        let ready = progress::until_ready(&self.client);
+        let status = match &mut self.local {
+            None => tokio::select! {
+                status = ready => status?,
+                () = stop.cancelled() => return Err(interrupted()),
+            },
+            Some(local) => tokio::select! {
+                status = ready => status?,
+                ended = local.ended() => return Err(ended),
+                () = stop.cancelled() => return Err(interrupted()),
+            },
+        };
+        let served = status.pointer("/model/id").and_then(Value::as_str).unwrap_or_default().to_owned();
+        match &args.model {
+            Some(wanted) if self.local.is_none() && !is_same_model(wanted, &served) => {
+                let message = format!("the coordinator at {} serves {served}, not {wanted}: leave --model out, or stop it first", args.url);
+                Err(Failure::new(Exit::Usage, message).into())
+            }
+            _ => Ok(served),
+        }
+    }
+
+    /// Stops what was started.
+    pub(crate) async fn close(self) -> anyhow::Result<()> {
+        match self.local {
+            Some(local) => local.stop().await,
+            None => Ok(()),
+        }
+    }
+}
+
+pub(crate) fn interrupted() -> anyhow::Error {
+    Failure::new(Exit::Interrupted, "stopped").into()
+}
+
+/// A folder is served under its own name.
+fn is_same_model(wanted: &str, served: &str) -> bool {
+    wanted == served || Path::new(wanted).file_name().is_some_and(|name| name == served)
+}

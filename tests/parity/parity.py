@@ -1,0 +1,114 @@
+"""Says the cluster what mlx-lm says? Tokens and log-probabilities of tiny random models, on one worker and split over two and three.
+
+    python tests/parity/parity.py [--only TEXT] [--workers 1,2,3] [--seed N]
+
+The workers stay; each model gets one coordinator a layout. Ends with `N passed, N failed`.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+mx.set_default_device(mx.cpu)
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+import models
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "harness"))
+from cluster import Coordinator, Workers
+from report import Report
+
+# Nats; f32 against f32 on the same kernels.
+TOLERANCE = 2e-3
+# The second prompt is longer than a prefill chunk of its pipeline, and than the original context of the scaled RoPEs.
+PROMPT_TOKENS = [7, 700]
+NEW_TOKENS = 12
+
+
+@dataclass
+class Reference:
+    """What mlx-lm says of a prompt: the log-probability of each prompt token but the first, then its greedy continuation."""
+
+    prompt: list[int]
+    prompt_logprobs: list[float]
+    tokens: list[int]
+    logprobs: list[float]
+    # How much more likely each token is than the runner-up: a tie may break either way.
+    margins: list[float]
+
+
+def reference(model, prompt: list[int]) -> Reference:
+    logits = model(mx.array([prompt]))[0].astype(mx.float32)
+    rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    got = Reference(prompt, [rows[i, token].item() for i, token in enumerate(prompt[1:])], [], [], [])
+    for token, row in generate_step(mx.array(prompt), model, max_tokens=NEW_TOKENS):
+        second, first = mx.sort(row.astype(mx.float32))[-2:].tolist()
+        got.tokens.append(int(token))
+        got.logprobs.append(row[int(token)].item())
+        got.margins.append(first - second)
+    return got
+
+
+def compare(wanted: Reference, choice: dict) -> str | None:
+    """The first difference in words."""
+    prompt_tokens, logprobs, tokens = len(wanted.prompt), choice["logprobs"]["token_logprobs"], choice["token_ids"]
+    if len(logprobs) != prompt_tokens + len(tokens):
+        return f"{len(logprobs)} logprobs for {prompt_tokens} prompt tokens and {len(tokens)} new ones"
+    if logprobs[0] is not None:
+        return f"the first prompt token has logprob {logprobs[0]}"
+    for i, (ours, theirs) in enumerate(zip(logprobs[1:prompt_tokens], wanted.prompt_logprobs)):
+        if not abs(ours - theirs) < TOLERANCE:
+            return f"logprob of prompt token {i + 1} of {prompt_tokens}: {ours:.4f}, mlx-lm {theirs:.4f}"
+    for i, token in enumerate(wanted.tokens):
+        if i >= len(tokens):
+            return f"{len(tokens)} tokens, mlx-lm {len(wanted.tokens)}"
+        if tokens[i] != token:
+            return None if wanted.margins[i] < TOLERANCE else f"token {i}: {tokens[i]}, mlx-lm {token}"
+        ours = logprobs[prompt_tokens + i]
+        if not abs(ours - wanted.logprobs[i]) < TOLERANCE:
+            return f"logprob of token {i}: {ours:.4f}, mlx-lm {wanted.logprobs[i]:.4f}"
+    return None
+
+
+def ask(workers: Workers, folder: Path, references: list[Reference]) -> str | None:
+    with Coordinator(workers, folder) as coordinator:
+        for wanted in references:
+            choice = coordinator.complete(wanted.prompt, NEW_TOKENS, temperature=0, logprobs=1, echo=True)
+            if why := compare(wanted, choice):
+                return f"prompt of {len(wanted.prompt)} tokens: {why}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--workers", default="1,2,3")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    report = Report()
+    counts = [int(count) for count in args.workers.split(",")]
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-")))
+        clusters = [stack.enter_context(Workers(count)) for count in counts]
+        for number, case in enumerate(models.cases()):
+            if args.only not in case.name:
+                continue
+            folder = models.build(case, scratch / f"model-{number}", args.seed + number)
+            model, _ = load_model(folder)
+            random_ids = random.Random(args.seed + number)
+            prompts = [random_ids.choices(range(256), k=count) for count in PROMPT_TOKENS]
+            references = [reference(model, prompt) for prompt in prompts]
+            for workers in clusters:
+                report.check(f"{case.name}, {workers.count} worker{'s'[: workers.count > 1]}", ask, workers, folder, references)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
