@@ -77,6 +77,7 @@ pub struct WorkerStatus {
 }
 
 /// A request that passed all checks: its prompt fits, its parameters are in range.
+#[derive(Debug)]
 pub struct Admitted {
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
