@@ -19,3 +19,24 @@ pub fn matmul_rate() -> Result<f64, LmError> {
     }
     Ok(2.0 * f64::from(SIZE).powi(3) * f64::from(rounds) / start.elapsed().as_secs_f64())
 }
+
+/// Bytes per second that summing a large buffer reads, with all cores.
+pub fn memory_bandwidth() -> f64 {
+    const BYTES_PER_THREAD: usize = 64 << 20;
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
+    let buffers: Vec<Vec<u64>> = (0..threads).map(|seed| vec![seed as u64 + 1; BYTES_PER_THREAD / 8]).collect();
+    let sum_all = || {
+        std::thread::scope(|scope| {
+            let sums: Vec<_> =
+                buffers.iter().map(|buffer| scope.spawn(|| buffer.iter().fold(0u64, |sum, word| sum.wrapping_add(*word)))).collect();
+            sums.into_iter().filter_map(|sum| sum.join().ok()).fold(0u64, u64::wrapping_add)
+        })
+    };
+    std::hint::black_box(sum_all());
+    let (start, mut rounds) = (Instant::now(), 0u32);
+    while start.elapsed() < TIME {
+        std::hint::black_box(sum_all());
+        rounds += 1;
+    }
+    (threads * BYTES_PER_THREAD) as f64 * f64::from(rounds) / start.elapsed().as_secs_f64()
+}

@@ -12,9 +12,10 @@ use crate::{
     weights::Weights,
 };
 use mlx_cluster_common::{
-    ids::SequenceId,
+    ids::{Epoch, SequenceId},
+    sampling::SamplingParams,
     spec::{HeadSpec, ModelSpec},
-    step::{Segment, SegmentResult, Step, StepResult, Token},
+    step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
 };
 use mlx_rs::{Array, ops, transforms};
 use std::{collections::BTreeMap, ops::Range};
@@ -40,7 +41,7 @@ pub enum StepOutput {
 
 /// Results of a step that the device may still be working on.
 pub struct PendingResult {
-    step: (mlx_cluster_common::ids::Epoch, u64),
+    step: (Epoch, u64),
     sampled: Option<Sampled>,
     prompts: Vec<(SequenceId, u32, PromptProbabilities)>,
     /// Caches that were written, for steps that end without a token.
@@ -83,6 +84,34 @@ impl Shard {
     /// Runs decode steps uncompiled from now on: for machines where MLX cannot compile, and for comparing.
     pub fn disable_compilation(&mut self) {
         self.pieces = None;
+    }
+
+    /// Runs a prefill and a decode step of one made-up sequence, so that kernels are compiled and weights are touched before the
+    /// first request. An error most likely means that decode steps cannot be compiled here.
+    pub fn warm_up(&mut self) -> Result<(), LmError> {
+        let sequence = SequenceId(u64::MAX);
+        let params = SamplingParams::default();
+        let output = Output { sample: Some(0), prompt_logprobs: false };
+        for (start, length) in [(0, 2), (2, 1)] {
+            let admission = Admission { sequence, params: params.clone(), tokens_max: 4 };
+            let step = Step {
+                epoch: Epoch(0),
+                number: 0,
+                admissions: if start == 0 { vec![admission] } else { Vec::new() },
+                releases: Vec::new(),
+                segments: vec![Segment { sequence, start, tokens: vec![Token::Id(0); length], output }],
+            };
+            let hidden = match self.ends.embedding {
+                Some(_) => None,
+                None => Some(ops::zeros_dtype(&[length as i32, self.hidden_size], mlx_rs::Dtype::Float32)?),
+            };
+            match self.apply(&step, hidden)? {
+                StepOutput::Hidden(hidden) => hidden.eval()?,
+                StepOutput::Result(pending) => drop(pending.read()?),
+            }
+        }
+        self.clear();
+        Ok(())
     }
 
     /// Forgets all sequences.

@@ -1,0 +1,208 @@
+//! The lead's loop: schedules steps, runs the first stage, hands tokens to the coordinator. Owns every array of its process.
+
+use super::{
+    CHANNEL, Command, Outgoing,
+    scheduler::{BatchScheduler, Limits},
+};
+use mlx_cluster_common::{
+    ids::Epoch,
+    request::{Delivery, SessionCommand},
+    step::{Step, StepResult},
+};
+use mlx_cluster_lm::{
+    ffi,
+    shard::{PendingResult, Shard, StepOutput},
+};
+use mlx_cluster_proto::wire;
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
+
+/// What the tasks may see of the lead without asking its thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Pulse {
+    pub(super) load: mlx_cluster_common::request::EngineLoad,
+    /// Rises with every step that was made and every result that came.
+    pub(super) progress: u64,
+    /// Steps that somebody works on.
+    pub(super) under_way: usize,
+}
+
+pub(super) struct Lead {
+    shard: Shard,
+    scheduler: BatchScheduler,
+    commands: mpsc::Receiver<Command>,
+    pulse: Arc<watch::Sender<Pulse>>,
+    epoch: Epoch,
+    output: Option<mpsc::Sender<Outgoing>>,
+    deliveries: Option<mpsc::Sender<wire::Delivery>>,
+    /// With one stage: the step that the device works on.
+    running: Option<PendingResult>,
+    progress: u64,
+    node_name: String,
+}
+
+impl Lead {
+    pub(super) fn new(
+        shard: Shard,
+        limits: Limits,
+        commands: mpsc::Receiver<Command>,
+        pulse: Arc<watch::Sender<Pulse>>,
+        node_name: String,
+    ) -> Self {
+        Self {
+            shard,
+            scheduler: BatchScheduler::new(limits),
+            commands,
+            pulse,
+            epoch: Epoch(0),
+            output: None,
+            deliveries: None,
+            running: None,
+            progress: 0,
+            node_name,
+        }
+    }
+
+    /// Until the commands end.
+    pub(super) fn run(mut self) {
+        loop {
+            if !self.take_commands() {
+                return;
+            }
+            if let Err(message) = self.advance() {
+                self.broken(self.node_name.clone(), message);
+            }
+            self.publish();
+        }
+    }
+
+    /// Takes what is there; waits when there is nothing else to do. False when no more will come.
+    fn take_commands(&mut self) -> bool {
+        if self.running.is_none() && !self.has_work() {
+            match self.commands.blocking_recv() {
+                Some(command) => self.handle(command),
+                None => return false,
+            }
+        }
+        for _ in 0..CHANNEL {
+            match self.commands.try_recv() {
+                Ok(command) => self.handle(command),
+                Err(mpsc::error::TryRecvError::Empty) => break,
+                Err(mpsc::error::TryRecvError::Disconnected) => return false,
+            }
+        }
+        true
+    }
+
+    fn has_work(&mut self) -> bool {
+        self.scheduler.has_step()
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Link { epoch, output } => {
+                self.epoch = epoch;
+                self.output = output;
+                self.deliveries = None;
+                self.running = None;
+                self.shard.clear();
+                self.scheduler.reset(epoch);
+            }
+            Command::Open { epoch, deliveries } if epoch == self.epoch => {
+                self.scheduler.cancel_all();
+                self.deliveries = Some(deliveries);
+            }
+            // The sender is dropped, which ends the session on the other side.
+            Command::Open { .. } => {}
+            Command::Session(SessionCommand::Submit(submission)) => {
+                if let Some(refusal) = self.scheduler.submit(submission) {
+                    self.deliver(vec![refusal]);
+                }
+            }
+            Command::Session(SessionCommand::Cancel(sequence)) => self.scheduler.cancel(sequence),
+            Command::Close => {
+                self.scheduler.cancel_all();
+                self.deliveries = None;
+            }
+            Command::Result(result) => self.take_result(StepResult::from(result)),
+            Command::Broken { epoch, node, message } if epoch == self.epoch => self.broken(node, message),
+            Command::Broken { .. } | Command::Step(_) => {}
+        }
+    }
+
+    /// Makes the next step and starts it; with one stage, reads the step before it while the device works on the new one.
+    fn advance(&mut self) -> Result<(), String> {
+        let started = match self.scheduler.next_step() {
+            Some(step) => self.start(step)?,
+            None => None,
+        };
+        let Some(before) = std::mem::replace(&mut self.running, started) else {
+            return Ok(());
+        };
+        let result = before.read().map_err(|error| error.to_string())?;
+        self.take_result(result);
+        Ok(())
+    }
+
+    fn start(&mut self, step: Step) -> Result<Option<PendingResult>, String> {
+        self.progress += 1;
+        self.publish();
+        match self.shard.apply(&step, None).map_err(|error| error.to_string())? {
+            StepOutput::Result(pending) => {
+                pending.start().map_err(|error| error.to_string())?;
+                Ok(Some(pending))
+            }
+            StepOutput::Hidden(hidden) => {
+                let frame = wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?]);
+                let output = self.output.as_ref().ok_or("the next stage is not connected")?;
+                output.blocking_send(Outgoing::Step(frame)).map_err(|_| "the connection to the next stage is gone".to_owned())?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn take_result(&mut self, result: StepResult) {
+        self.progress += 1;
+        let deliveries = self.scheduler.on_result(result);
+        self.deliver(deliveries);
+    }
+
+    fn deliver(&mut self, deliveries: Vec<Delivery>) {
+        let Some(sender) = &self.deliveries else { return };
+        for delivery in deliveries {
+            if sender.blocking_send(delivery.into()).is_err() {
+                self.scheduler.cancel_all();
+                self.deliveries = None;
+                return;
+            }
+        }
+    }
+
+    /// The epoch is over: nothing runs any more until the coordinator links the engines anew.
+    fn broken(&mut self, node: String, message: String) {
+        tracing::warn!(node, message, epoch = self.epoch.0, "the epoch is broken");
+        if let Some(sender) = self.deliveries.take() {
+            let broken = wire::Broken { node, message };
+            // Nobody may be listening any more; then there is nobody to tell.
+            drop(sender.blocking_send(wire::Delivery { delivery: Some(wire::delivery::Delivery::Broken(broken)) }));
+        }
+        self.running = None;
+        self.output = None;
+        self.shard.clear();
+        self.scheduler.reset(Epoch(0));
+        self.epoch = Epoch(0);
+    }
+
+    fn publish(&self) {
+        let (load, under_way) = (self.scheduler.load(), self.scheduler.under_way());
+        self.pulse.send_replace(Pulse { load, progress: self.progress, under_way });
+    }
+}
+
+/// The residual stream as it crosses a cut.
+pub(super) fn hidden_tensor(hidden: &mlx_cluster_lm::Array) -> Result<wire::Tensor, String> {
+    let data = ffi::array_to_bytes(hidden).map_err(|error| error.to_string())?;
+    let dtype = ffi::from_mlx(hidden.dtype()).ok_or("activations of a complex type")?;
+    let shape = hidden.shape().iter().map(|dim| *dim as u32).collect();
+    Ok(wire::Tensor { name: "hidden".into(), dtype: dtype.name().into(), shape, data: data.into() })
+}

@@ -1,0 +1,85 @@
+//! The loop of a stage behind the first: applies the steps that come and hands on what they make. Owns every array of its process.
+
+use super::{Command, Outgoing, lead::hidden_tensor};
+use mlx_cluster_common::{dtype::DType, ids::Epoch};
+use mlx_cluster_lm::{
+    Array, ffi,
+    shard::{Shard, StepOutput},
+};
+use mlx_cluster_proto::wire;
+use tokio::sync::{mpsc, watch};
+
+/// The newest epoch that failed here, and why; whoever feeds this stage is told so.
+pub(super) type Fault = Option<(Epoch, String)>;
+
+pub(super) struct Relay {
+    shard: Shard,
+    commands: mpsc::Receiver<Command>,
+    faults: watch::Sender<Fault>,
+    epoch: Epoch,
+    next_number: u64,
+    output: Option<mpsc::Sender<Outgoing>>,
+    node_name: String,
+}
+
+impl Relay {
+    pub(super) fn new(shard: Shard, commands: mpsc::Receiver<Command>, faults: watch::Sender<Fault>, node_name: String) -> Self {
+        Self { shard, commands, faults, epoch: Epoch(0), next_number: 1, output: None, node_name }
+    }
+
+    /// Until the commands end.
+    pub(super) fn run(mut self) {
+        while let Some(command) = self.commands.blocking_recv() {
+            match command {
+                Command::Link { epoch, output } => {
+                    self.epoch = epoch;
+                    self.next_number = 1;
+                    self.output = output;
+                    self.shard.clear();
+                }
+                Command::Step(frame) if Epoch(frame.epoch) == self.epoch => {
+                    if let Err(message) = self.apply(*frame) {
+                        self.fail(format!("{}: {message}", self.node_name));
+                    }
+                }
+                Command::Broken { epoch, message, .. } if epoch == self.epoch => self.fail(message),
+                _ => {}
+            }
+        }
+    }
+
+    fn apply(&mut self, frame: wire::StepFrame) -> Result<(), String> {
+        let (step, tensors) = frame.into_step().map_err(|error| error.to_string())?;
+        if step.number != self.next_number {
+            return Err(format!("step {} came where step {} was due", step.number, self.next_number));
+        }
+        self.next_number += 1;
+        let hidden = hidden_array(&tensors)?;
+        let outgoing = match self.shard.apply(&step, Some(hidden)).map_err(|error| error.to_string())? {
+            StepOutput::Hidden(hidden) => Outgoing::Step(wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?])),
+            StepOutput::Result(pending) => Outgoing::Result(pending.read().map_err(|error| error.to_string())?.into()),
+        };
+        let output = self.output.as_ref().ok_or("the next engine is not connected")?;
+        output.blocking_send(outgoing).map_err(|_| "the connection to the next engine is gone".to_owned())
+    }
+
+    fn fail(&mut self, message: String) {
+        tracing::warn!(message, epoch = self.epoch.0, "the epoch is broken");
+        self.faults.send_replace(Some((self.epoch, message)));
+        self.epoch = Epoch(0);
+        self.output = None;
+        self.shard.clear();
+    }
+}
+
+fn hidden_array(tensors: &[wire::Tensor]) -> Result<Array, String> {
+    let [tensor] = tensors else {
+        return Err(format!("a step came with {} tensors, wanted 1", tensors.len()));
+    };
+    let dtype = DType::from_safetensors(&tensor.dtype).filter(|dtype| dtype.is_float());
+    let dtype = dtype.ok_or_else(|| format!("activations of type `{}`", tensor.dtype))?;
+    let shape: Option<Vec<i32>> = tensor.shape.iter().map(|dim| i32::try_from(*dim).ok()).collect();
+    let shape = shape.ok_or("activations of an absurd shape")?;
+    let (found, size) = (tensor.data.len(), &tensor.shape);
+    ffi::array_from_bytes(&tensor.data, &shape, dtype).ok_or_else(|| format!("activations {size:?} of {dtype} came as {found} bytes"))
+}

@@ -1,0 +1,121 @@
+//! The life of an engine process: told what to be, load, serve, end with its worker.
+
+use super::{
+    CHANNEL, Command,
+    boot::{Boot, BootLine},
+    lead::{Lead, Pulse},
+    load::load,
+    relay::{Fault, Relay},
+    scheduler::Limits,
+    service::Service,
+};
+use mlx_cluster_lm::{ffi, probe as measure, shard::Shard};
+use mlx_cluster_proto::{net, wire::engine_server::EngineServer};
+use std::{
+    io::{self, BufRead, Read, Write},
+    process::ExitCode,
+    sync::Arc,
+    thread,
+};
+use tokio::sync::{mpsc, watch};
+
+/// Longest line that tells an engine what to be.
+const BOOT_LINE_BYTES_MAX: u64 = 1 << 20;
+/// Prompt tokens of a step. Stages behind each other work on parts of a prompt at the same time, so there the parts are smaller.
+const PREFILL_TOKENS_ALONE: u32 = 512;
+const PREFILL_TOKENS_PIPELINED: u32 = 256;
+const SCORED_TOKENS: u32 = 128;
+
+/// Runs the hidden `engine` verb until stdin closes. Exit code 3: the model cannot be served; 4: no address to serve on.
+pub fn run() -> ExitCode {
+    let boot = match read_boot() {
+        Ok(boot) => boot,
+        Err(cause) => return fail(cause, 2),
+    };
+    end_with_stdin();
+    let report = |done_bytes, total_bytes| say(&BootLine::Loading { done_bytes, total_bytes });
+    let (shard, _) = match load(&boot, report) {
+        Ok(loaded) => loaded,
+        Err(cause) => return fail(cause, 3),
+    };
+    match serve(boot, shard) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(cause) => fail(cause, 4),
+    }
+}
+
+/// Runs `engine --probe`: prints what this machine can do as one line of JSON.
+pub fn probe() -> ExitCode {
+    let rate = match measure::matmul_rate() {
+        Ok(rate) => rate,
+        Err(error) => return fail(error.to_string(), 1),
+    };
+    let bandwidth = measure::memory_bandwidth();
+    println!("{}", serde_json::json!({"matmul_rate": rate, "memory_bandwidth": bandwidth, "gpu_memory_bytes": ffi::gpu_memory_bytes()}));
+    ExitCode::SUCCESS
+}
+
+fn read_boot() -> Result<Boot, String> {
+    let mut line = String::new();
+    io::stdin().lock().take(BOOT_LINE_BYTES_MAX).read_line(&mut line).map_err(|error| format!("cannot read stdin: {error}"))?;
+    serde_json::from_str(&line).map_err(|error| format!("this verb is for workers, which say on stdin what to be: {error}"))
+}
+
+/// Ends the process when stdin closes, which the system does for us when the worker dies, however it dies.
+fn end_with_stdin() {
+    thread::spawn(|| {
+        let mut rest = [0u8; 64];
+        while matches!(io::stdin().lock().read(&mut rest), Ok(read) if read > 0) {}
+        std::process::exit(0);
+    });
+}
+
+fn fail(cause: String, code: u8) -> ExitCode {
+    eprintln!("{cause}");
+    say(&BootLine::Failed { cause, hopeless: true });
+    ExitCode::from(code)
+}
+
+fn say(line: &BootLine) {
+    let text = serde_json::to_string(line).unwrap_or_default();
+    // A worker that does not listen any more is gone, and then so are we.
+    drop(writeln!(io::stdout().lock(), "{text}"));
+}
+
+/// Serves from a small runtime while one thread steps. Ends only when that thread does.
+fn serve(boot: Boot, shard: Shard) -> Result<(), String> {
+    let (commands, receiver) = mpsc::channel::<Command>(CHANNEL);
+    let (pulse, pulse_receiver) = watch::channel(Pulse::default());
+    let (faults, fault_receiver) = watch::channel::<Fault>(None);
+    let spec = boot.spec.clone();
+    let service = Service::new(commands, spec.stage, spec.n_stages, pulse_receiver, fault_receiver);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start the network runtime: {error}"))?;
+    let listener = runtime.block_on(net::listen(boot.listen)).map_err(|error| format!("cannot listen on {}: {error}", boot.listen))?;
+    let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+    runtime.spawn(async move {
+        let server =
+            EngineServer::new(service).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
+        let served = net::server().add_service(server).serve_with_incoming(net::incoming(listener)).await;
+        eprintln!("the engine's server ended: {served:?}");
+        std::process::exit(4);
+    });
+    say(&BootLine::Ready { port });
+    match spec.is_first() {
+        true => Lead::new(shard, limits(&boot), receiver, Arc::new(pulse), boot.node_name).run(),
+        false => Relay::new(shard, receiver, faults, boot.node_name).run(),
+    }
+    Ok(())
+}
+
+fn limits(boot: &Boot) -> Limits {
+    let spec = &boot.spec;
+    let prefill_tokens = if spec.n_stages == 1 { PREFILL_TOKENS_ALONE } else { PREFILL_TOKENS_PIPELINED };
+    Limits {
+        n_stages: spec.n_stages,
+        context_tokens: spec.context_tokens,
+        cache_tokens: spec.cache_tokens,
+        prefill_tokens,
+        scored_tokens: SCORED_TOKENS,
+    }
+}

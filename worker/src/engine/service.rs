@@ -1,0 +1,276 @@
+//! The engine's gRPC service: turns streams into commands for the thread that owns the arrays.
+
+use super::{
+    CHANNEL, Command,
+    downstream::{Downstream, HEARTBEAT, SILENCE_MAX},
+    lead::Pulse,
+    relay::Fault,
+};
+use mlx_cluster_common::{
+    engine::Link,
+    ids::{Epoch, SequenceId},
+    request::{Delivery, SessionCommand, Submission},
+};
+use mlx_cluster_proto::wire::{self, engine_server::Engine, session_command::Command as WireCommand};
+use std::{
+    pin::Pin,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{interval, timeout},
+};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming};
+
+/// A step that takes longer than this, on whatever stage, ends the epoch: something hangs.
+const STEP_DEADLINE: Duration = Duration::from_secs(180);
+/// How long the coordinator may take to read a token before the engine waits for it.
+const DELIVERIES: usize = 4096;
+
+type Outbound<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+pub(super) struct Service {
+    commands: mpsc::Sender<Command>,
+    is_lead: bool,
+    is_last: bool,
+    n_stages: u32,
+    pulse: watch::Receiver<Pulse>,
+    faults: watch::Receiver<Fault>,
+    /// Ends the tasks of the epoch that is over. A mutex, because two Link calls may come at once; never held across an await.
+    epoch_tasks: Mutex<CancellationToken>,
+    epoch: watch::Sender<Epoch>,
+    tasks: TaskTracker,
+}
+
+impl Service {
+    pub(super) fn new(
+        commands: mpsc::Sender<Command>,
+        stage: u32,
+        n_stages: u32,
+        pulse: watch::Receiver<Pulse>,
+        faults: watch::Receiver<Fault>,
+    ) -> Self {
+        Self {
+            commands,
+            is_lead: stage == 0,
+            is_last: stage + 1 == n_stages,
+            n_stages,
+            pulse,
+            faults,
+            epoch_tasks: Mutex::new(CancellationToken::new()),
+            epoch: watch::Sender::new(Epoch(0)),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<(), Status> {
+        self.commands.send(command).await.map_err(|_| Status::unavailable("the engine is stopping"))
+    }
+
+    /// A token that ends with this epoch; ends everything of the epoch before.
+    fn begin_epoch(&self, epoch: Epoch) -> CancellationToken {
+        let fresh = CancellationToken::new();
+        let mut current = self.epoch_tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        std::mem::replace(&mut *current, fresh.clone()).cancel();
+        self.epoch.send_replace(epoch);
+        fresh
+    }
+
+    fn current_epoch_token(&self) -> CancellationToken {
+        self.epoch_tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Heartbeats until the epoch ends or this stage fails; then its reason.
+    fn heartbeats(&self) -> Outbound<wire::Heartbeat> {
+        let (sender, receiver) = mpsc::channel(2);
+        let (mut faults, cancelled) = (self.faults.clone(), self.current_epoch_token());
+        faults.mark_unchanged();
+        self.tasks.spawn(async move {
+            let mut ticks = interval(HEARTBEAT);
+            loop {
+                let message = tokio::select! {
+                    _ = ticks.tick() => Ok(wire::Heartbeat::default()),
+                    () = cancelled.cancelled() => Err(Status::cancelled("linked anew")),
+                    changed = faults.changed() => Err(match changed {
+                        Ok(()) => Status::aborted(faults.borrow().as_ref().map_or_else(String::new, |(_, message)| message.clone())),
+                        Err(_) => Status::unavailable("the engine is stopping"),
+                    }),
+                };
+                let is_end = message.is_err();
+                if sender.send(message).await.is_err() || is_end {
+                    return;
+                }
+            }
+        });
+        Box::pin(ReceiverStream::new(receiver))
+    }
+
+    fn check_neighbour(&self, is_wanted: bool, what: &'static str) -> Result<(), Status> {
+        if is_wanted { Ok(()) } else { Err(Status::failed_precondition(format!("this engine takes no {what}"))) }
+    }
+}
+
+#[tonic::async_trait]
+impl Engine for Service {
+    type StepsStream = Outbound<wire::Heartbeat>;
+    type ResultsStream = Outbound<wire::Heartbeat>;
+    type SessionStream = Outbound<wire::Delivery>;
+
+    async fn link(&self, request: Request<wire::LinkRequest>) -> Result<Response<wire::LinkReply>, Status> {
+        let link = Link::try_from(request.into_inner())?;
+        if link.next.is_none() != (self.n_stages == 1) {
+            return Err(Status::invalid_argument(format!(
+                "an engine of {} stages was linked {} a next one",
+                self.n_stages,
+                if link.next.is_none() { "without" } else { "to" }
+            )));
+        }
+        let cancelled = self.begin_epoch(link.epoch);
+        let output = match link.next {
+            None => None,
+            Some(peer) => {
+                let downstream = Downstream::connect(peer, link.epoch, !self.is_last).await?;
+                let (sender, outgoing) = mpsc::channel(CHANNEL);
+                self.tasks.spawn(downstream.run(outgoing, self.commands.clone(), cancelled));
+                Some(sender)
+            }
+        };
+        self.command(Command::Link { epoch: link.epoch, output }).await?;
+        Ok(Response::new(wire::LinkReply {}))
+    }
+
+    async fn steps(&self, request: Request<Streaming<wire::StepFrame>>) -> Result<Response<Self::StepsStream>, Status> {
+        self.check_neighbour(!self.is_lead, "steps")?;
+        let (mut frames, commands) = (request.into_inner(), self.commands.clone());
+        self.tasks.spawn(async move {
+            let mut epoch = Epoch(0);
+            let message = loop {
+                match timeout(SILENCE_MAX, frames.next()).await {
+                    Ok(Some(Ok(frame))) => {
+                        epoch = Epoch(frame.epoch);
+                        if frame.number > 0 && commands.send(Command::Step(Box::new(frame))).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(Some(Err(status))) => break format!("lost the stage before: {}", status.message()),
+                    Ok(None) => break "the stage before closed its stream".to_owned(),
+                    Err(_) => break format!("the stage before was silent for {} s", SILENCE_MAX.as_secs()),
+                }
+            };
+            drop(commands.send(Command::Broken { epoch, node: String::new(), message }).await);
+        });
+        Ok(Response::new(self.heartbeats()))
+    }
+
+    async fn results(&self, request: Request<Streaming<wire::StepResult>>) -> Result<Response<Self::ResultsStream>, Status> {
+        self.check_neighbour(self.is_lead, "results")?;
+        let (mut results, commands) = (request.into_inner(), self.commands.clone());
+        self.tasks.spawn(async move {
+            let mut epoch = Epoch(0);
+            let message = loop {
+                match timeout(SILENCE_MAX, results.next()).await {
+                    Ok(Some(Ok(result))) => {
+                        epoch = Epoch(result.epoch);
+                        if result.number > 0 && commands.send(Command::Result(result)).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(Some(Err(status))) => break format!("lost the last stage: {}", status.message()),
+                    Ok(None) => break "the last stage closed its stream".to_owned(),
+                    Err(_) => break format!("the last stage was silent for {} s", SILENCE_MAX.as_secs()),
+                }
+            };
+            drop(commands.send(Command::Broken { epoch, node: "the last stage".into(), message }).await);
+        });
+        Ok(Response::new(self.heartbeats()))
+    }
+
+    async fn session(&self, request: Request<Streaming<wire::SessionCommand>>) -> Result<Response<Self::SessionStream>, Status> {
+        self.check_neighbour(self.is_lead, "sessions")?;
+        let mut commands = request.into_inner();
+        let first = timeout(SILENCE_MAX, commands.next()).await.map_err(|_| Status::deadline_exceeded("no command came"))?;
+        let Some(Ok(wire::SessionCommand { command: Some(WireCommand::Open(epoch)) })) = first else {
+            return Err(Status::invalid_argument("a session starts with the epoch that it belongs to"));
+        };
+        let epoch = Epoch(epoch);
+        if *self.epoch.borrow() != epoch {
+            return Err(Status::failed_precondition(format!("epoch {epoch} is over, this is {}", *self.epoch.borrow())));
+        }
+        let (deliveries, receiver) = mpsc::channel(DELIVERIES);
+        let (outbound, stream) = mpsc::channel(DELIVERIES);
+        self.command(Command::Open { epoch, deliveries }).await?;
+        let cancelled = self.current_epoch_token();
+        self.tasks.spawn(take_session(commands, self.commands.clone(), cancelled.clone()));
+        self.tasks.spawn(give_deliveries(receiver, outbound, self.pulse.clone(), self.commands.clone(), epoch, cancelled));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// Commands of the coordinator, until it goes away.
+async fn take_session(mut session: Streaming<wire::SessionCommand>, commands: mpsc::Sender<Command>, cancelled: CancellationToken) {
+    loop {
+        let next = tokio::select! {
+            () = cancelled.cancelled() => return,
+            next = timeout(SILENCE_MAX, session.next()) => next,
+        };
+        let Ok(Some(Ok(wire::SessionCommand { command: Some(command) }))) = next else { break };
+        let command = match command {
+            WireCommand::Submit(submission) => {
+                let sequence = SequenceId(submission.sequence);
+                match Submission::try_from(submission) {
+                    Ok(submission) => SessionCommand::Submit(submission),
+                    Err(error) => {
+                        tracing::warn!(%error, %sequence, "a submission was refused");
+                        SessionCommand::Cancel(sequence)
+                    }
+                }
+            }
+            WireCommand::Cancel(sequence) => SessionCommand::Cancel(SequenceId(sequence)),
+            WireCommand::KeepAlive(_) | WireCommand::Open(_) => continue,
+        };
+        if commands.send(Command::Session(command)).await.is_err() {
+            return;
+        }
+    }
+    drop(commands.send(Command::Close).await);
+}
+
+/// Deliveries with the load in between, so that the coordinator hears something each second; watches that steps end.
+async fn give_deliveries(
+    mut deliveries: mpsc::Receiver<wire::Delivery>,
+    outbound: mpsc::Sender<Result<wire::Delivery, Status>>,
+    pulse: watch::Receiver<Pulse>,
+    commands: mpsc::Sender<Command>,
+    epoch: Epoch,
+    cancelled: CancellationToken,
+) {
+    let mut ticks = interval(HEARTBEAT / 2);
+    let (mut progress, mut since) = (0, Instant::now());
+    loop {
+        let message = tokio::select! {
+            () = cancelled.cancelled() => return,
+            delivery = deliveries.recv() => match delivery {
+                Some(delivery) => delivery,
+                None => return,
+            },
+            _ = ticks.tick() => {
+                let now = *pulse.borrow();
+                if now.progress != progress || now.under_way == 0 {
+                    (progress, since) = (now.progress, Instant::now());
+                }
+                Delivery::Load(now.load).into()
+            }
+        };
+        if since.elapsed() > STEP_DEADLINE {
+            let message = format!("a step did not end within {} s", STEP_DEADLINE.as_secs());
+            drop(commands.send(Command::Broken { epoch, node: "a stage behind the first".into(), message }).await);
+            since = Instant::now();
+        }
+        if outbound.send(Ok(message)).await.is_err() {
+            return;
+        }
+    }
+}
