@@ -1,2 +1,4 @@
 //! placeholder
+pub mod api;
+pub mod chat;
 pub mod serving;

@@ -1,0 +1,101 @@
+//! `GET /v1/cluster`: everything that the coordinator knows of its cluster, for `mlx-cluster status`.
+
+use super::{Api, health::cause};
+use crate::serving::{ClusterStatus, InstanceState, WorkerStatus};
+use axum::{Json, extract::State};
+use mlx_cluster_common::{VERSION, engine::EngineState, plan::Stage};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
+    let status = api.status();
+    let ClusterStatus { cluster, instance, plan, workers, load, join_addresses } = &*status;
+    let model = api.served_model().map(
+        |model| json!({"id": model.id, "context_tokens": model.context_tokens, "vocab_size": model.vocab_size, "created": model.created}),
+    );
+    let stages: &[Stage] = plan.as_ref().map_or(&[], |plan| &plan.stages);
+    Json(json!({
+        "cluster": cluster,
+        "version": VERSION,
+        "instance": instance_json(instance, &status),
+        "model": model,
+        "plan": plan.as_ref().map(|plan| json!({
+            "model": plan.model,
+            "strategy": plan.strategy,
+            "context_tokens": plan.context_tokens,
+            "cache_tokens": plan.cache_tokens,
+            "stages": plan.stages.iter().map(stage_json).collect::<Vec<_>>(),
+            "why": plan.why,
+            "text": plan.to_string(),
+        })),
+        "workers": workers.iter().map(|worker| worker_json(worker, stages)).collect::<Vec<_>>(),
+        "load": {
+            "running": load.running,
+            "waiting": load.waiting,
+            "cache_tokens_used": load.cache_tokens_used,
+            "cache_tokens_max": load.cache_tokens_max,
+            "tokens_per_second": api.metrics.tokens_per_second(),
+        },
+        "join_addresses": join_addresses,
+    }))
+}
+
+fn instance_json(instance: &InstanceState, status: &ClusterStatus) -> Value {
+    let mut json = json!({"state": instance.name(), "cause": cause(instance, status)});
+    if let InstanceState::WaitingForWorkers { found, wanted } = instance {
+        json["workers_found"] = json!(found);
+        json["workers_wanted"] = json!(wanted);
+    }
+    json
+}
+
+/// Layers from `first_layer` to `last_layer`, both included.
+fn stage_json(stage: &Stage) -> Value {
+    json!({
+        "worker": stage.node_name,
+        "worker_id": stage.node,
+        "first_layer": stage.layers.start,
+        "last_layer": stage.layers.end.saturating_sub(1),
+        "weights_bytes": stage.weights,
+        "cache_bytes": stage.cache,
+        "working_bytes": stage.working,
+        "needed_bytes": stage.needed(),
+        "usable_bytes": stage.usable,
+    })
+}
+
+fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
+    let facts = &worker.facts;
+    let stage = stages.iter().find(|stage| stage.node == facts.id);
+    json!({
+        "id": facts.id,
+        "name": facts.name,
+        "version": facts.version,
+        "os": facts.os,
+        "chip": facts.chip,
+        "addresses": facts.addresses,
+        "connected": worker.connected,
+        "usable_memory_bytes": facts.usable_memory,
+        "total_memory_bytes": facts.total_memory,
+        "memory_bandwidth_bytes_per_s": facts.memory_bandwidth,
+        "matmul_flops_per_s": facts.matmul_rate,
+        "first_layer": stage.map(|stage| stage.layers.start),
+        "last_layer": stage.map(|stage| stage.layers.end.saturating_sub(1)),
+        "engine": worker.engine.as_ref().map(engine_json),
+    })
+}
+
+fn engine_json(engine: &EngineState) -> Value {
+    match engine {
+        EngineState::Fetching { file, done, total } => {
+            json!({"state": "fetching", "file": file, "done_bytes": done, "total_bytes": total})
+        }
+        EngineState::Loading { done, total } => json!({"state": "loading", "done_bytes": done, "total_bytes": total}),
+        EngineState::Ready { port, incarnation, resident } => {
+            json!({"state": "ready", "port": port, "incarnation": incarnation, "resident_bytes": resident})
+        }
+        EngineState::Failed { cause, output, retry_in_ms } => {
+            json!({"state": "failed", "cause": cause, "output": output, "retry_in_ms": retry_in_ms})
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The API against a scripted cluster: requests as clients send them, answers byte by byte.
+
+mod bad_input;
+mod chat;
+mod completions;
+mod fake;
+mod server;
+mod status;
