@@ -1,4 +1,22 @@
-//! placeholder
+//! What the cluster should do: discovery, membership, placement, admission, the HTTP API and its text.
+//!
+//! [`core`] decides and is pure; [`driver`] asks it and carries out what it says; [`discovery`], [`links`] and [`grpc`] are the
+//! network; [`api`] and [`chat`] face the client, and meet the rest in [`serving`] only.
+
 pub mod api;
 pub mod chat;
+pub mod core;
+pub mod discovery;
+mod driver;
+mod error;
+mod grpc;
+mod links;
+pub mod model;
+mod plan_only;
+pub mod report;
+mod run;
 pub mod serving;
+
+pub use error::{CoordinatorError, ErrorKind};
+pub use plan_only::{PlanNodes, PlanOnlyOptions, plan_only};
+pub use run::{CoordinatorOptions, run, run_with};

@@ -1,0 +1,159 @@
+//! What the coordinator's core is told, what it asks for, and how it can end.
+
+use super::placement::WhyNot;
+use crate::serving::{Admitted, RequestEvent};
+use mlx_cluster_common::{
+    engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts},
+    ids::{Epoch, NodeId, SequenceId},
+    plan::{Plan, Strategy},
+    request::{Delivery, SessionCommand},
+    spec::ModelSpec,
+    weights::WeightMap,
+};
+use std::{sync::Arc, time::Duration};
+
+/// The model as the planner and the engines need it.
+#[derive(Debug)]
+pub struct ServedFacts {
+    pub name: String,
+    pub source: ModelSource,
+    pub spec: ModelSpec,
+    pub weights: WeightMap,
+    pub fingerprint: u64,
+}
+
+/// What the coordinator was started with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub cluster: String,
+    /// Part of the engines' ids, so that engines of an earlier coordinator are never taken for ours.
+    pub run: String,
+    pub model: Option<Arc<ServedFacts>>,
+    pub min_workers: usize,
+    pub strategy: Strategy,
+    pub split: Option<Vec<u32>>,
+    pub context_tokens: Option<u32>,
+    /// How long to wait for the first `min_workers`; None waits for ever.
+    pub wait: Option<Duration>,
+}
+
+impl Settings {
+    /// Workers that are needed before anything is planned.
+    pub(super) fn wanted_workers(&self) -> usize {
+        let split = self.split.as_ref().map_or(0, Vec::len);
+        let least = usize::from(self.model.is_some());
+        self.min_workers.max(split).max(least)
+    }
+}
+
+#[derive(Debug)]
+pub enum Event {
+    /// A worker's stream stands and it sent its first snapshot. `reached` is the address under which it answered.
+    WorkerUp {
+        facts: NodeFacts,
+        reached: String,
+        version: u64,
+        engines: Vec<EngineStatus>,
+    },
+    /// A whole snapshot of its engines, about the wanted state of this version.
+    WorkerObserved {
+        node: NodeId,
+        version: u64,
+        engines: Vec<EngineStatus>,
+    },
+    /// Its stream is gone.
+    WorkerDown {
+        node: NodeId,
+        cause: String,
+    },
+    Linked {
+        epoch: Epoch,
+        stage: u32,
+        result: Result<(), String>,
+    },
+    SessionOpened {
+        epoch: Epoch,
+    },
+    /// The session with the lead ended; `node` is whom the lead blames, if anybody.
+    SessionBroken {
+        epoch: Epoch,
+        node: Option<String>,
+        message: String,
+    },
+    Delivered {
+        epoch: Epoch,
+        delivery: Delivery,
+    },
+    Submitted {
+        sequence: SequenceId,
+        request: Admitted,
+    },
+    /// The client is gone, or does not read.
+    Abandoned {
+        sequence: SequenceId,
+    },
+    /// Take nothing new, finish what runs within the limit, stop all engines, end.
+    Drain {
+        limit: Duration,
+    },
+    Tick,
+}
+
+#[derive(Debug, PartialEq)]
+pub enum Effect {
+    SetDesired {
+        node: NodeId,
+        version: u64,
+        engines: Vec<EngineSpec>,
+    },
+    /// Tell the engine of a stage its epoch and its next; answered by `Linked`.
+    Link {
+        epoch: Epoch,
+        stage: u32,
+        name: String,
+        addresses: Vec<String>,
+        link: Link,
+    },
+    /// Answered by `SessionOpened` or `SessionBroken`.
+    OpenSession {
+        epoch: Epoch,
+        name: String,
+        addresses: Vec<String>,
+    },
+    CloseSession,
+    /// For the open session.
+    Command(SessionCommand),
+    /// For a client; the last one of a request is `Finished` or `Failed`.
+    Answer {
+        sequence: SequenceId,
+        event: RequestEvent,
+    },
+    Planned(Plan),
+    /// Everything is stopped; the last effect.
+    End(Option<ClusterFailure>),
+}
+
+/// Why a coordinator gave up.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ClusterFailure {
+    #[error(
+        "{found} of {wanted} workers of cluster `{cluster}` found within {} s: start `mlx-cluster worker --cluster {cluster}` on each machine; where \
+         multicast does not pass, add `--join HOST:PORT` with the address of this coordinator", waited.as_secs()
+    )]
+    NoWorkers { cluster: String, found: usize, wanted: usize, waited: Duration },
+    #[error(transparent)]
+    DoesNotFit(#[from] WhyNot),
+    #[error("worker {worker}: {cause}{}", last_lines(output))]
+    Engine { worker: String, cause: String, output: Vec<String> },
+    #[error(
+        "the engines cannot be linked: {message} (blamed: worker {worker}); check that the workers reach each other and that no firewall closes their ports"
+    )]
+    Link { worker: String, message: String },
+    #[error("worker {worker} made no progress with loading for {} s: see its log", waited.as_secs())]
+    Stalled { worker: String, waited: Duration },
+}
+
+fn last_lines(output: &[String]) -> String {
+    let start = output.len().saturating_sub(5);
+    output.iter().skip(start).map(|line| format!("\n  {line}")).collect()
+}

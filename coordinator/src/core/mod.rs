@@ -1,0 +1,21 @@
+//! The decisions of the coordinator as pure code: no clock, no tasks, no network; `now` is an argument.
+
+mod addresses;
+pub mod cluster;
+mod deployment;
+pub mod event;
+mod life_cycle;
+mod members;
+pub mod placement;
+mod requests;
+mod status;
+
+#[cfg(test)]
+mod cluster_tests;
+#[cfg(test)]
+mod simulation;
+
+use std::time::Duration;
+
+/// Time since the coordinator started. The core never asks a clock.
+pub type Now = Duration;

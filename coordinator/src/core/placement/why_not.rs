@@ -1,0 +1,62 @@
+//! Why there is no plan, with the numbers of every worker and what to try.
+
+use mlx_cluster_common::units::Bytes;
+
+/// A node and what models may use of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeMemory {
+    pub name: String,
+    pub usable: Bytes,
+}
+
+/// Why the model cannot be placed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WhyNot {
+    #[error("--context must be at least 1")]
+    NoContext,
+    #[error("--context {asked} is longer than the {max} tokens that the model was made for (max_position_embeddings): give at most {max}")]
+    ContextTooLong { asked: u32, max: u32 },
+    #[error("--split {split} has a stage without layers: give each stage at least one")]
+    EmptyStage { split: String },
+    #[error("--split {split} adds up to {sum} layers, the model has {layers}")]
+    SplitSum { split: String, sum: u64, layers: u32 },
+    #[error("the model has {layers} layers, too few for {stages} stages: ask for at most {layers} workers")]
+    TooFewLayers { layers: u32, stages: usize },
+    #[error("{found} workers are connected, {wanted} are needed: start `mlx-cluster worker` on more machines")]
+    TooFewNodes { found: usize, wanted: usize },
+    #[error(
+        "the model does not fit: it needs {} (weights {model_bytes}, caches {cache_bytes} for {context_tokens} tokens, working memory \
+         {working_bytes} on each worker); {}; try a more quantised model, a smaller --context or one more worker", total(*model_bytes, *cache_bytes, *working_bytes), each(nodes)
+    )]
+    DoesNotFit { model_bytes: Bytes, cache_bytes: Bytes, working_bytes: Bytes, context_tokens: u32, nodes: Vec<NodeMemory> },
+    #[error(
+        "{name} cannot hold its {layers} layers of --split: they need {needed} with a context of {context_tokens} tokens, {usable} is usable; \
+         give it fewer layers or a smaller --context"
+    )]
+    ShareDoesNotFit { name: String, layers: u32, needed: Bytes, usable: Bytes, context_tokens: u32 },
+    #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
+    NotTiled { layers: u32 },
+}
+
+impl WhyNot {
+    /// Whether other options, not other machines, would change it.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            WhyNot::NoContext
+                | WhyNot::ContextTooLong { .. }
+                | WhyNot::EmptyStage { .. }
+                | WhyNot::SplitSum { .. }
+                | WhyNot::TooFewLayers { .. }
+        )
+    }
+}
+
+fn total(model: Bytes, cache: Bytes, working: Bytes) -> Bytes {
+    model + cache + working
+}
+
+fn each(nodes: &[NodeMemory]) -> String {
+    let one = |node: &NodeMemory| format!("{} has {} usable", node.name, node.usable);
+    nodes.iter().map(one).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,36 @@
+//! Tells one engine who comes after it.
+
+use crate::core::{cluster::LINK_TIMEOUT, event::Event};
+use mlx_cluster_common::{engine::Link, ids::Epoch};
+use mlx_cluster_proto::{
+    net,
+    wire::{LinkRequest, engine_client::EngineClient},
+};
+
+/// A call to the engine of a stage.
+#[derive(Debug)]
+pub(crate) struct LinkCall {
+    pub(crate) epoch: Epoch,
+    pub(crate) stage: u32,
+    pub(crate) name: String,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) link: Link,
+}
+
+impl LinkCall {
+    pub(super) async fn run(self) -> Event {
+        let (epoch, stage, name) = (self.epoch, self.stage, self.name.clone());
+        let result = match tokio::time::timeout(LINK_TIMEOUT, self.call()).await {
+            Ok(result) => result,
+            Err(_) => Err(format!("the engine on {name} did not answer within {} s", LINK_TIMEOUT.as_secs())),
+        };
+        Event::Linked { epoch, stage, result }
+    }
+
+    async fn call(self) -> Result<(), String> {
+        let name = format!("the engine on {}", self.name);
+        let channel = net::connect(&name, &self.addresses).await.map_err(|error| error.to_string())?;
+        let answer = EngineClient::new(channel).link(LinkRequest::from(self.link)).await;
+        answer.map(drop).map_err(|status| status.message().to_owned())
+    }
+}

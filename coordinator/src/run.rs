@@ -1,0 +1,248 @@
+//! Starts and ends everything that a coordinator consists of, and owns its tasks.
+
+use crate::{
+    api,
+    core::{event::Settings, placement},
+    discovery::{
+        interfaces::{own_addresses, reachable},
+        mdns::{Announcement, Mdns, watch as watch_mdns},
+        rivals::Rank,
+    },
+    driver::{Driver, Parts},
+    error::CoordinatorError,
+    grpc, model,
+    report::{self, Reporter},
+    serving::{ClusterStatus, InstanceState, Serving},
+};
+use mlx_cluster_common::{
+    ids::{ClusterName, NodeId},
+    plan::Strategy,
+    request::EngineLoad,
+};
+use mlx_cluster_proto::{net, wire::Hello};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Where workers join unless told otherwise; any free port when this one is taken.
+const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED), 7070);
+const COMMANDS: usize = 64;
+const FOUND: usize = 64;
+/// A part that was told to end gets this long.
+const PART_TIMEOUT: Duration = Duration::from_secs(2);
+/// The HTTP server may finish sending.
+const HTTP_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// How a coordinator is started.
+#[derive(Debug, Clone)]
+pub struct CoordinatorOptions {
+    /// A folder or a repository; None starts idle.
+    pub model: Option<String>,
+    pub cluster: ClusterName,
+    /// For messages; the machine's name by default.
+    pub name: Option<String>,
+    pub http: SocketAddr,
+    /// Where workers join; port 7070 of all addresses, or a free one, by default.
+    pub listen: Option<SocketAddr>,
+    pub min_workers: usize,
+    pub strategy: Strategy,
+    /// Layers of each stage, the most capable worker first.
+    pub split: Option<Vec<u32>>,
+    pub context_tokens: Option<u32>,
+    /// The folder for this machine's own state.
+    pub home: PathBuf,
+    /// When `min_workers` are not there after this, the coordinator ends with an error.
+    pub wait_for_workers: Duration,
+    pub quiet: bool,
+}
+
+impl Default for CoordinatorOptions {
+    fn default() -> Self {
+        Self {
+            model: None,
+            cluster: "default".into(),
+            name: None,
+            http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
+            listen: None,
+            min_workers: 1,
+            strategy: Strategy::Auto,
+            split: None,
+            context_tokens: None,
+            home: PathBuf::new(),
+            wait_for_workers: Duration::from_secs(120),
+            quiet: false,
+        }
+    }
+}
+
+/// Runs a coordinator until `shutdown`, or until it fails. The plan and what happens are printed unless `quiet`.
+pub async fn run(options: CoordinatorOptions, shutdown: CancellationToken) -> Result<(), CoordinatorError> {
+    let reporter = if options.quiet { report::quiet() } else { report::lines() };
+    run_with(options, shutdown, reporter).await
+}
+
+/// As [`run`], with somebody else to tell what happens.
+pub async fn run_with(options: CoordinatorOptions, shutdown: CancellationToken, reporter: Reporter) -> Result<(), CoordinatorError> {
+    let http = bind(options.http, "--http").await?;
+    let grpc = bind_grpc(options.listen).await?;
+    let (commands, commands_out) = mpsc::channel(COMMANDS);
+    let (status, status_out) = watch::channel(Arc::new(starting(&options)));
+    let (served, served_out) = watch::channel(None);
+    let serving = Serving { commands, status: status_out, model: served_out };
+    let http_stop = CancellationToken::new();
+    let url = format!("http://{}", local_address(&http, options.http));
+    let server = tokio::spawn(api::serve(http, serving, http_stop.clone()));
+
+    let channels = Channels { commands: commands_out, status, served };
+    let mut result = serve(&options, grpc, url, channels, shutdown, reporter).await;
+    http_stop.cancel();
+    match timeout(HTTP_TIMEOUT, server).await {
+        Ok(Ok(Err(error))) if result.is_ok() => result = Err(CoordinatorError::Http(error)),
+        Ok(Err(error)) if result.is_ok() => result = Err(CoordinatorError::Task { cause: error.to_string() }),
+        _ => {}
+    }
+    result
+}
+
+/// What connects the driver to the API.
+struct Channels {
+    commands: mpsc::Receiver<crate::serving::ServingCommand>,
+    status: watch::Sender<Arc<ClusterStatus>>,
+    served: watch::Sender<Option<Arc<crate::serving::ServedModel>>>,
+}
+
+async fn serve(
+    options: &CoordinatorOptions,
+    grpc: TcpListener,
+    url: String,
+    channels: Channels,
+    shutdown: CancellationToken,
+    reporter: Reporter,
+) -> Result<(), CoordinatorError> {
+    let model = match &options.model {
+        None => None,
+        Some(argument) => match shutdown.run_until_cancelled(model::load(argument)).await {
+            None => return Ok(()),
+            Some(model) => Some(model?),
+        },
+    };
+    if let Some(model) = &model {
+        placement::check_split(model.facts.spec.n_layers(), options.split.as_deref())?;
+    }
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let name = options.name.clone().unwrap_or_else(|| "coordinator".into());
+    let started_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let rank = Rank { started_ms, id: NodeId(id.clone()) };
+    let hello = Hello::new(&options.cluster.0, &rank.id, &name);
+    let listener = local_address(&grpc, DEFAULT_LISTEN);
+
+    let stop = CancellationToken::new();
+    let (joined, joined_out) = mpsc::channel(FOUND);
+    let join = tokio::spawn(grpc::serve(grpc, hello.clone(), joined, stop.clone()));
+    let announcement = Announcement { cluster: options.cluster.0.clone(), name, rank: rank.clone(), listener };
+    let (found, found_out) = mpsc::channel(FOUND);
+    let discovery = Discovery::start(&announcement, hello.clone(), found);
+
+    let settings = settings(options, &id, model.as_ref());
+    let driver = Driver::new(Parts {
+        settings,
+        model,
+        hello,
+        rank,
+        join_addresses: reachable(listener, &own_addresses()),
+        url,
+        commands: channels.commands,
+        status: channels.status,
+        served: channels.served,
+        joined: joined_out,
+        found: found_out,
+        reporter,
+    });
+    let result = driver.run(shutdown).await;
+    stop.cancel();
+    discovery.stop().await;
+    match timeout(PART_TIMEOUT, join).await {
+        Ok(Ok(Err(error))) => result.and(Err(CoordinatorError::Grpc(error))),
+        _ => result,
+    }
+}
+
+/// The responder and the task that listens to it. Without multicast, only `--join` finds workers.
+struct Discovery(Option<(Mdns, JoinHandle<()>)>);
+
+impl Discovery {
+    fn start(announcement: &Announcement, hello: Hello, found: mpsc::Sender<crate::discovery::mdns::Found>) -> Self {
+        match Mdns::start(Some(announcement)) {
+            Ok((mdns, services)) => Self(Some((mdns, tokio::spawn(watch_mdns(services, hello, found))))),
+            Err(error) => {
+                tracing::warn!(%error, "multicast DNS cannot be used; workers have to be started with --join");
+                Self(None)
+            }
+        }
+    }
+
+    async fn stop(self) {
+        let Some((mdns, task)) = self.0 else { return };
+        mdns.stop().await;
+        let abort = task.abort_handle();
+        if timeout(PART_TIMEOUT, task).await.is_err() {
+            abort.abort();
+        }
+    }
+}
+
+fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::LoadedModel>) -> Settings {
+    Settings {
+        cluster: options.cluster.0.clone(),
+        run: id.chars().take(8).collect(),
+        model: model.map(|model| Arc::clone(&model.facts)),
+        min_workers: options.min_workers,
+        strategy: options.strategy,
+        split: options.split.clone(),
+        context_tokens: options.context_tokens,
+        wait: Some(options.wait_for_workers),
+    }
+}
+
+fn starting(options: &CoordinatorOptions) -> ClusterStatus {
+    ClusterStatus {
+        cluster: options.cluster.0.clone(),
+        instance: InstanceState::WaitingForWorkers { found: 0, wanted: options.min_workers },
+        plan: None,
+        workers: Vec::new(),
+        load: EngineLoad::default(),
+        join_addresses: Vec::new(),
+    }
+}
+
+async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, CoordinatorError> {
+    net::listen(address).await.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => CoordinatorError::PortInUse { flag, address },
+        _ => CoordinatorError::Listen { flag, address, source },
+    })
+}
+
+async fn bind_grpc(listen: Option<SocketAddr>) -> Result<TcpListener, CoordinatorError> {
+    if let Some(address) = listen {
+        return bind(address, "--listen").await;
+    }
+    match bind(DEFAULT_LISTEN, "--listen").await {
+        Err(CoordinatorError::PortInUse { .. }) => bind(SocketAddr::new(DEFAULT_LISTEN.ip(), 0), "--listen").await,
+        bound => bound,
+    }
+}
+
+fn local_address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(asked)
+}
