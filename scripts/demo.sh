@@ -11,11 +11,12 @@ cluster=demo-$$-$RANDOM
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 url=http://127.0.0.1:$port
 pids=()
+export MLX_CLUSTER_HOME=$scratch/home
 
-start() { # start NAME VERB…: in the background, with a data folder and a log of its own
+start() { # start NAME VERB…: in the background, with a log of its own
   local name=$1
   shift
-  MLX_CLUSTER_HOME=$scratch/$name "$binary" "$@" >"$scratch/$name.log" 2>&1 &
+  "$binary" "$@" >"$scratch/$name.log" 2>&1 &
   pids+=($!)
 }
 stop() { # ask politely, wait 10 s, then insist

@@ -52,11 +52,6 @@ impl Client {
         &self.url
     }
 
-    /// Whether a coordinator answers at all, ready or not.
-    pub(crate) async fn is_there(&self) -> bool {
-        self.cluster().await.is_ok()
-    }
-
     /// `GET /v1/cluster`.
     pub(crate) async fn cluster(&self) -> anyhow::Result<Value> {
         let request = self.http.get(format!("{}/v1/cluster", self.url)).timeout(STATUS_TIMEOUT);
@@ -68,7 +63,12 @@ impl Client {
     }
 
     /// Asks, and hands each piece of the answer to `each` as it comes.
-    pub(crate) async fn ask(&self, question: Question, options: &Value, mut each: impl FnMut(Piece) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    pub(crate) async fn ask(
+        &self,
+        question: Question,
+        options: &Value,
+        mut each: impl FnMut(Piece) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         let (path, mut body) = match question {
             Question::Chat(messages) => ("chat/completions", json!({"messages": messages})),
             Question::Raw(prompt) => ("completions", json!({"prompt": prompt})),

@@ -1,4 +1,4 @@
-//! From a cause to an exit status and a hint: the one place.
+//! From a cause to an exit status: the one place. What to try next is part of every message already.
 
 use std::{fmt, io, process::ExitCode};
 
@@ -36,20 +36,17 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Says on stderr what went wrong and what to try, and returns the exit status.
+/// Says on stderr what went wrong, in one line, and returns the exit status.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let exit = exit_of(error);
     if exit != Exit::Interrupted {
         eprintln!("error: {}", sentence(error));
-        if let Some(hint) = hint(error) {
-            eprintln!("hint: {hint}");
-        }
     }
     ExitCode::from(exit as u8)
 }
 
 fn exit_of(error: &anyhow::Error) -> Exit {
-    error.chain().find_map(|cause| known_exit(cause)).unwrap_or(Exit::Other)
+    error.chain().find_map(known_exit).unwrap_or(Exit::Other)
 }
 
 fn known_exit(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
@@ -81,16 +78,6 @@ fn sentence(error: &anyhow::Error) -> String {
     text
 }
 
-/// What to try next, where the message alone does not say.
-fn hint(error: &anyhow::Error) -> Option<&'static str> {
-    let kind = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind)?;
-    match kind {
-        io::ErrorKind::AddrInUse => Some("another program listens there; stop it or choose another port (--http, --listen)"),
-        io::ErrorKind::StorageFull => Some("free some disk space, or set MLX_CLUSTER_HOME and HF_HOME to a larger disk"),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,9 +85,9 @@ mod tests {
 
     #[test]
     fn a_cause_decides_the_exit_status_wherever_it_stands_in_the_chain() {
-        let error = Err::<(), _>(io::Error::from(io::ErrorKind::AddrInUse)).context("cannot listen on 127.0.0.1:6590").expect_err("an error");
+        let error =
+            Err::<(), _>(io::Error::from(io::ErrorKind::AddrInUse)).context("cannot listen on 127.0.0.1:6590").expect_err("an error");
         assert_eq!(exit_of(&error), Exit::Network);
-        assert!(hint(&error).is_some_and(|hint| hint.contains("--http")));
         let error = anyhow::Error::from(Failure::new(Exit::BadFile, "no such model"));
         assert_eq!((exit_of(&error), sentence(&error)), (Exit::BadFile, "no such model".to_owned()));
         assert_eq!(exit_of(&anyhow::anyhow!("anything")), Exit::Other);

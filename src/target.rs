@@ -48,7 +48,8 @@ impl Target {
                 Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
             }
             (Err(cause), None) => {
-                let hint = "start one with `mlx-cluster coordinator --model …`, say where it is with --url, or give a --model to serve it here";
+                let hint =
+                    "start one with `mlx-cluster coordinator --model …`, say where it is with --url, or give a --model to serve it here";
                 return Err(Failure::new(Exit::Network, format!("{cause}: {hint}")).into());
             }
         };

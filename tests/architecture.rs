@@ -17,7 +17,10 @@ const FORBIDDEN: [(&str, &[&str]); 6] = [
     ("mlx-cluster-hub", &["tonic", "mlx-rs", "mlx-sys", "mlx-cluster-proto", "mlx-cluster-coordinator", "mlx-cluster-worker"]),
     ("mlx-cluster-proto", &["mlx-rs", "mlx-sys", "mlx-cluster-coordinator", "mlx-cluster-worker", "mlx-cluster-lm"]),
     ("mlx-cluster-coordinator", &["mlx-rs", "mlx-sys", "mlx-cluster-lm", "mlx-cluster-worker"]),
-    ("mlx-cluster-lm", &["tokio", "tonic", "reqwest", "axum", "mlx-cluster-proto", "mlx-cluster-hub", "mlx-cluster-coordinator", "mlx-cluster-worker"]),
+    (
+        "mlx-cluster-lm",
+        &["tokio", "tonic", "reqwest", "axum", "mlx-cluster-proto", "mlx-cluster-hub", "mlx-cluster-coordinator", "mlx-cluster-worker"],
+    ),
     ("mlx-cluster-worker", &["minijinja", "tokenizers", "mlx-cluster-coordinator"]),
 ];
 
@@ -50,7 +53,8 @@ fn unsafe_code_stands_in_one_file() {
     for path in rust_files() {
         let is_allowed = path.ends_with(UNSAFE_FILE) || path.ends_with(file!());
         let text = std::fs::read_to_string(&path).unwrap();
-        let found = text.lines().find(|line| ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"].iter().any(|word| line.contains(word)));
+        let found =
+            text.lines().find(|line| ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"].iter().any(|word| line.contains(word)));
         assert!(is_allowed || found.is_none(), "{}: {}", path.display(), found.unwrap_or_default());
     }
 }
@@ -76,7 +80,11 @@ struct Graph {
 
 impl Graph {
     fn read() -> Self {
-        let output = Command::new(env!("CARGO")).args(["metadata", "--format-version", "1", "--locked", "--offline"]).current_dir(root()).output().unwrap();
+        let output = Command::new(env!("CARGO"))
+            .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+            .current_dir(root())
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
         let packages = metadata["packages"].as_array().unwrap();
@@ -124,7 +132,8 @@ fn root() -> &'static Path {
 /// All Rust files that are ours.
 fn rust_files() -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut folders: Vec<PathBuf> = ["src", "common", "proto", "coordinator", "worker", "tests", "scripts"].iter().map(|folder| root().join(folder)).collect();
+    let mut folders: Vec<PathBuf> =
+        ["src", "common", "proto", "coordinator", "worker", "tests", "scripts"].iter().map(|folder| root().join(folder)).collect();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();

@@ -66,10 +66,16 @@ async fn talk(target: &Target, args: &ChatArgs, interrupts: &mut Interrupts) -> 
     let mut messages = beginning.clone();
     let mut keyboard = Keyboard::open()?;
     println!("{} at {}; /help lists the commands", target.model, target.client.url());
-    while let Some(line) = keyboard.line().await? {
+    loop {
+        // At a terminal Ctrl-C is a key like others here; this one came from elsewhere.
+        let line = tokio::select! {
+            line = keyboard.line() => line?,
+            () = interrupts.next() => None,
+        };
+        let Some(line) = line else { return Ok(()) };
         match line.trim() {
             "" => {}
-            "/exit" | "/quit" => break,
+            "/exit" | "/quit" => return Ok(()),
             "/help" => println!("{HELP}"),
             "/reset" => {
                 messages.clone_from(&beginning);
@@ -88,7 +94,6 @@ async fn talk(target: &Target, args: &ChatArgs, interrupts: &mut Interrupts) -> 
             }
         }
     }
-    Ok(())
 }
 
 /// Streams one answer; Ctrl-C ends it, and what was said so far stays.

@@ -53,8 +53,14 @@ fn weights() {
         bad(TinyModel::new().with_tensors(|tensors| drop(tensors.remove(tensor))), &[tensor]),
         bad(TinyModel::new().with_tensors(|tensors| drop(tensors.insert(tensor.into(), vec![95, 64]))), &[tensor, "95"]),
         bad(TinyModel::new().with_tensors(|tensors| drop(tensors.insert("model.extra.weight".into(), vec![4]))), &["model.extra.weight"]),
-        bad(TinyModel::new().with_header(|header| header[tensor]["data_offsets"] = header["model.norm.weight"]["data_offsets"].clone()), &["model.safetensors"]),
-        bad(TinyModel::new().with_header(|header| header[tensor]["shape"] = json!([4_294_967_296u64, 4_294_967_296u64])), &["model.safetensors"]),
+        bad(
+            TinyModel::new().with_header(|header| header[tensor]["data_offsets"] = header["model.norm.weight"]["data_offsets"].clone()),
+            &["model.safetensors"],
+        ),
+        bad(
+            TinyModel::new().with_header(|header| header[tensor]["shape"] = json!([4_294_967_296u64, 4_294_967_296u64])),
+            &["model.safetensors"],
+        ),
         bad(TinyModel::new().with_header(|header| header[tensor]["dtype"] = json!("F99")), &["model.safetensors"]),
     ]);
 }
@@ -78,7 +84,8 @@ fn a_template_that_loops_or_refuses_costs_its_request_only() {
                     {% else %}{{ messages[0].content }}{% endif %}";
     let model = TinyModel::new().with_json("tokenizer_config.json", &json!({"chat_template": template}));
     let cluster = Cluster::serving(model.path(), 1);
-    let ask = |content: &str| cluster.post("/v1/chat/completions", &json!({"messages": [{"role": "user", "content": content}], "max_tokens": 3}));
+    let ask =
+        |content: &str| cluster.post("/v1/chat/completions", &json!({"messages": [{"role": "user", "content": content}], "max_tokens": 3}));
     for (content, word) in [("loop", "template"), ("raise", "roles must alternate"), ("miss", "template")] {
         let answer = ask(content);
         assert_eq!(answer.status, 400, "{content}: {answer:?}");

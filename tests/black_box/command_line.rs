@@ -24,7 +24,8 @@ fn the_tools_speak_to_a_running_coordinator() {
     assert!(answer.stdout.contains("73"), "{answer:?}");
     assert!(answer.stderr.contains("tokens/s"), "{answer:?}");
 
-    let json = cluster.run(&["generate", "--url", &url, "--prompt", "Once upon a time", "--raw", "--json", "--max-tokens", "8"]).expect_success();
+    let json =
+        cluster.run(&["generate", "--url", &url, "--prompt", "Once upon a time", "--raw", "--json", "--max-tokens", "8"]).expect_success();
     let json: Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!((&json["usage"]["completion_tokens"], &json["finish_reason"]), (&Value::from(8), &Value::from("length")), "{json}");
 
@@ -43,7 +44,8 @@ fn the_tools_speak_to_a_running_coordinator() {
 #[test]
 fn a_conversation_remembers_what_was_said() {
     let cluster = Cluster::serving(demo_model(), 1);
-    let mut chat = crate::support::Process::start("chat", &mut cluster.command("chat", &["chat", "--url", &cluster.url(), "--temperature", "0"]));
+    let mut chat =
+        crate::support::Process::start("chat", &mut cluster.command("chat", &["chat", "--url", &cluster.url(), "--temperature", "0"]));
     let mut stdin = chat.stdin();
     for line in ["What is 27 + 46?", "/help", "/reset", "/nonsense", "What is 11 + 12?", "/exit"] {
         writeln!(stdin, "{line}").unwrap();

@@ -13,7 +13,9 @@ fn a_repository_is_fetched_once_and_served_over_two_workers() {
     let mut cluster = setup().start();
     cluster.wait_until_ready();
     let fetched = cluster.complete(12).text().to_owned();
-    let whole_file = |seen: &mlx_cluster_hub::fake::Seen| seen.path.contains("/storage/") && seen.path.ends_with("model.safetensors") && seen.range.is_none();
+    let whole_file = |seen: &mlx_cluster_hub::fake::Seen| {
+        seen.path.contains("/storage/") && seen.path.ends_with("model.safetensors") && seen.range.is_none()
+    };
     let downloads = hub.take_seen().iter().filter(|seen| whole_file(seen)).count();
     assert!(downloads <= 1, "the weights were fetched {downloads} times");
     drop(cluster);

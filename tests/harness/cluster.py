@@ -1,5 +1,6 @@
 """Real processes of the built binary on this machine: workers that stay, and coordinators that come and go over them."""
 
+import atexit
 import os
 import shutil
 import socket
@@ -26,14 +27,18 @@ def free_port() -> int:
 
 
 class Processes:
-    """What was started, each with a data folder and a log of its own; all of it ends with the `with` block."""
+    """What was started, each with a log of its own; all of it ends with the `with` block."""
+
+    # Shared by all, so that this machine is measured once.
+    home = Path(tempfile.mkdtemp(prefix="mlx-cluster-home-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="mlx-cluster-test-"))
         self.running: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str, *args: str) -> subprocess.Popen:
-        env = dict(os.environ, MLX_CLUSTER_HOME=str(self.folder / name), OPENBLAS_NUM_THREADS="1", RUST_BACKTRACE="1")
+        env = dict(os.environ, MLX_CLUSTER_HOME=str(self.home), OPENBLAS_NUM_THREADS="1", RUST_BACKTRACE="1")
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen([binary(), *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         self.running[name] = process

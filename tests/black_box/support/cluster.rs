@@ -87,6 +87,8 @@ impl Cluster {
 
     pub(crate) fn start_worker(&mut self, name: &str) {
         let mut command = self.command(name, &["worker", "--cluster", &self.name, "--name", name, "--listen", "127.0.0.1:0"]);
+        // Shared, so that this machine is measured once for all tests.
+        command.env("MLX_CLUSTER_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers"));
         command.args(&self.setup.worker_args);
         self.processes.insert(name.to_owned(), Process::start(name, &mut command));
     }

@@ -68,7 +68,7 @@ impl Process {
 
     /// The processes that this one has started and that still run.
     pub(crate) fn children(&self) -> Vec<u32> {
-        let mut system = System::new();
+        let mut system = System::new().unwrap();
         system.refresh_processes_specifics(ProcessesToUpdate::All, true, ProcessRefreshKind::nothing());
         let own = sysinfo::Pid::from_u32(self.pid());
         let of_us = |process: &&sysinfo::Process| process.parent() == Some(own) && process.thread_kind().is_none();
@@ -114,7 +114,7 @@ pub(crate) fn is_alive(number: u32) -> bool {
     if test_kill_process(pid(number)).is_err() {
         return false;
     }
-    let mut system = System::new();
+    let mut system = System::new().unwrap();
     let target = sysinfo::Pid::from_u32(number);
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&[target]), true, ProcessRefreshKind::nothing());
     system.process(target).is_some_and(|process| process.status() != sysinfo::ProcessStatus::Zombie)

@@ -13,7 +13,8 @@ const HIDDEN_SIZE: usize = 64;
 const INTERMEDIATE_SIZE: usize = 96;
 const KV_SIZE: usize = 32;
 const CONTEXT_TOKENS: usize = 8192;
-const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+const TEMPLATE: &str =
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
 
 /// The folder of a model; gone with this value.
 pub(crate) struct TinyModel {

@@ -1,0 +1,93 @@
+//! `mlx-cluster coordinator`: finds the workers, plans, serves.
+
+use super::worker::{DEFAULT_CLUSTER, cluster_name};
+use crate::{client::Client, home::home, progress, signals, target::DEFAULT_HTTP};
+use mlx_cluster_common::plan::Strategy;
+use mlx_cluster_coordinator::CoordinatorOptions;
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Find the workers of a cluster, spread a model over them and serve it.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  mlx-cluster coordinator --model mlx-community/Qwen3-30B-A3B-4bit --min-workers 2
+  mlx-cluster coordinator --model ./my-model --split 20,8 --context 32768 --http 0.0.0.0:8080")]
+pub(crate) struct CoordinatorArgs {
+    /// A folder (the same path on every worker) or a repository on the Hugging Face hub; without it the coordinator is idle
+    #[arg(long, value_name = "PATH|REPO")]
+    model: Option<String>,
+    /// Nodes of the same name form a cluster
+    #[arg(long, default_value = DEFAULT_CLUSTER, value_parser = cluster_name)]
+    cluster: String,
+    /// How this coordinator is called; the host's name unless given
+    #[arg(long)]
+    name: Option<String>,
+    /// Where the API listens
+    #[arg(long, value_name = "ADDR:PORT", default_value = DEFAULT_HTTP)]
+    http: SocketAddr,
+    /// Where `worker --join` finds this coordinator; all addresses and a free port unless given
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// Plan only when so many workers are there
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    min_workers: u32,
+    /// auto: as few stages as the model needs, unless more workers were asked for; pipeline: all workers
+    #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
+    strategy: Strategy,
+    /// Layers for each worker in the order of their names, instead of in proportion to their memory
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    split: Option<Vec<u32>>,
+    /// Longest sequence, prompt and answer together; what the model was made for unless given
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Give up when the workers are not there after so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    wait: u64,
+}
+
+pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
+    let has_model = args.model.is_some();
+    let http = args.http;
+    let options = CoordinatorOptions {
+        model: args.model,
+        cluster: args.cluster.as_str().into(),
+        name: args.name,
+        http,
+        listen: args.listen,
+        min_workers: args.min_workers as usize,
+        strategy: args.strategy,
+        split: args.split,
+        context_tokens: args.context,
+        home: home()?,
+        wait_for_workers: Duration::from_secs(args.wait),
+        quiet: false,
+    };
+    signals::until_stopped(async |stop: CancellationToken| {
+        let work = mlx_cluster_coordinator::run(options, stop.clone());
+        let watching = async {
+            if has_model {
+                show_progress(http).await;
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            ended = work => Ok(ended?),
+            never = watching => never,
+        }
+    })
+    .await
+}
+
+/// Watches the API of this very process, as `status --wait` would.
+async fn show_progress(http: SocketAddr) {
+    let ip = if http.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { http.ip() };
+    let Ok(client) = Client::new(&format!("http://{}", SocketAddr::new(ip, http.port()))) else { return };
+    // The coordinator itself says why it fails.
+    if progress::until_ready(&client).await.is_ok() {
+        progress::suspended(|| eprintln!("ready at {}/v1", client.url()));
+    }
+}
