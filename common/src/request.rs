@@ -70,4 +70,6 @@ pub struct EngineLoad {
     pub waiting: u32,
     pub cache_tokens_used: u64,
     pub cache_tokens_max: u64,
+    /// Median time of a hop from one engine to the next at decode, in nanoseconds, without the computing; 0 while none was measured.
+    pub hop_ns: u64,
 }

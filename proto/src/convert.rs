@@ -240,6 +240,7 @@ impl wire::StepFrame {
             releases: step.releases.into_iter().map(|sequence| sequence.0).collect(),
             segments: step.segments.into_iter().map(wire::Segment::from).collect(),
             activations,
+            busy_ns: 0,
         }
     }
 
@@ -323,7 +324,8 @@ impl From<StepResult> for wire::StepResult {
                 prompt: prompt.into_iter().map(wire::Token::from).collect(),
             }
         };
-        Self { epoch: result.epoch.0, number: result.number, sequences: result.sequences.into_iter().map(sequence).collect() }
+        let sequences = result.sequences.into_iter().map(sequence).collect();
+        Self { epoch: result.epoch.0, number: result.number, sequences, busy_ns: 0 }
     }
 }
 
@@ -388,6 +390,7 @@ impl From<Delivery> for wire::Delivery {
                 waiting: load.waiting,
                 cache_tokens_used: load.cache_tokens_used,
                 cache_tokens_max: load.cache_tokens_max,
+                hop_ns: load.hop_ns,
             }),
         };
         Self { delivery: Some(delivery) }
@@ -428,6 +431,7 @@ impl TryFrom<wire::Delivery> for SessionEvent {
                 waiting: load.waiting,
                 cache_tokens_used: load.cache_tokens_used,
                 cache_tokens_max: load.cache_tokens_max,
+                hop_ns: load.hop_ns,
             }),
             Wire::Broken(broken) => return Ok(SessionEvent::Broken { node: broken.node, message: broken.message }),
         };

@@ -20,8 +20,16 @@ pub struct Boot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BootLine {
-    Loading { done_bytes: u64, total_bytes: u64 },
-    Ready { port: u16 },
+    Loading {
+        done_bytes: u64,
+        total_bytes: u64,
+    },
+    Ready {
+        port: u16,
+    },
     /// It cannot work and says why; the process ends right after. `hopeless`: starting it again would fail the same way.
-    Failed { cause: String, hopeless: bool },
+    Failed {
+        cause: String,
+        hopeless: bool,
+    },
 }

@@ -2,11 +2,12 @@
 
 use super::{
     CHANNEL, Command, Outgoing,
+    hops::Hops,
     scheduler::{BatchScheduler, Limits},
 };
 use mlx_cluster_common::{
     ids::Epoch,
-    request::{Delivery, SessionCommand},
+    request::{Delivery, EngineLoad, SessionCommand},
     step::{Step, StepResult},
 };
 use mlx_cluster_lm::{
@@ -14,13 +15,13 @@ use mlx_cluster_lm::{
     shard::{PendingResult, Shard, StepOutput},
 };
 use mlx_cluster_proto::wire;
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 use tokio::sync::{mpsc, watch};
 
 /// What the tasks may see of the lead without asking its thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Pulse {
-    pub(super) load: mlx_cluster_common::request::EngineLoad,
+    pub(super) load: EngineLoad,
     /// Rises with every step that was made and every result that came.
     pub(super) progress: u64,
     /// Steps that somebody works on.
@@ -38,6 +39,7 @@ pub(super) struct Lead {
     /// With one stage: the step that the device works on.
     running: Option<PendingResult>,
     progress: u64,
+    hops: Hops,
     node_name: String,
 }
 
@@ -52,6 +54,7 @@ impl Lead {
         Self {
             shard,
             scheduler: BatchScheduler::new(limits),
+            hops: Hops::new(limits.n_stages),
             commands,
             pulse,
             epoch: Epoch(0),
@@ -124,7 +127,10 @@ impl Lead {
                 self.scheduler.cancel_all();
                 self.deliveries = None;
             }
-            Command::Result(result) => self.take_result(StepResult::from(result)),
+            Command::Result(result) => {
+                self.hops.returns(result.number, result.busy_ns, Instant::now());
+                self.take_result(StepResult::from(result));
+            }
             Command::Broken { epoch, node, message } if epoch == self.epoch => self.broken(node, message),
             Command::Broken { .. } | Command::Step(_) => {}
         }
@@ -154,6 +160,7 @@ impl Lead {
             }
             StepOutput::Hidden(hidden) => {
                 let frame = wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?]);
+                self.hops.leaves(frame.number, self.scheduler.under_way() == 1, Instant::now());
                 let output = self.output.as_ref().ok_or("the next stage is not connected")?;
                 output.blocking_send(Outgoing::Step(frame)).map_err(|_| "the connection to the next stage is gone".to_owned())?;
                 Ok(None)
@@ -194,7 +201,8 @@ impl Lead {
     }
 
     fn publish(&self) {
-        let (load, under_way) = (self.scheduler.load(), self.scheduler.under_way());
+        let load = EngineLoad { hop_ns: self.hops.median_ns(), ..self.scheduler.load() };
+        let under_way = self.scheduler.under_way();
         self.pulse.send_replace(Pulse { load, progress: self.progress, under_way });
     }
 }

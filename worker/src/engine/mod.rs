@@ -6,6 +6,7 @@
 
 pub mod boot;
 mod downstream;
+mod hops;
 mod lead;
 mod load;
 mod relay;

@@ -7,6 +7,7 @@ use mlx_cluster_lm::{
     shard::{Shard, StepOutput},
 };
 use mlx_cluster_proto::wire;
+use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 
 /// The newest epoch that failed here, and why; whoever feeds this stage is told so.
@@ -49,15 +50,24 @@ impl Relay {
     }
 
     fn apply(&mut self, frame: wire::StepFrame) -> Result<(), String> {
+        let busy_before = frame.busy_ns;
         let (step, tensors) = frame.into_step().map_err(|error| error.to_string())?;
         if step.number != self.next_number {
             return Err(format!("step {} came where step {} was due", step.number, self.next_number));
         }
         self.next_number += 1;
         let hidden = hidden_array(&tensors)?;
+        let start = Instant::now();
+        let busy = || busy_before + start.elapsed().as_nanos() as u64;
         let outgoing = match self.shard.apply(&step, Some(hidden)).map_err(|error| error.to_string())? {
-            StepOutput::Hidden(hidden) => Outgoing::Step(wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?])),
-            StepOutput::Result(pending) => Outgoing::Result(pending.read().map_err(|error| error.to_string())?.into()),
+            StepOutput::Hidden(hidden) => {
+                let tensor = hidden_tensor(&hidden)?;
+                Outgoing::Step(wire::StepFrame { busy_ns: busy(), ..wire::StepFrame::new(step, vec![tensor]) })
+            }
+            StepOutput::Result(pending) => {
+                let result = pending.read().map_err(|error| error.to_string())?;
+                Outgoing::Result(wire::StepResult { busy_ns: busy(), ..result.into() })
+            }
         };
         let output = self.output.as_ref().ok_or("the next engine is not connected")?;
         output.blocking_send(outgoing).map_err(|_| "the connection to the next engine is gone".to_owned())

@@ -13,26 +13,26 @@ use mlx_cluster_common::{
 use std::collections::{BTreeMap, VecDeque};
 
 /// Sequences that work at the same time, at most; more wait.
-pub const SEQUENCES_MAX: usize = 64;
+pub(super) const SEQUENCES_MAX: usize = 64;
 /// Submissions that wait, at most; more are refused. The coordinator holds its own queue in front of this one.
-pub const WAITING_MAX: usize = 1024;
+pub(super) const WAITING_MAX: usize = 1024;
 
 /// What an instance can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    pub n_stages: u32,
+pub(super) struct Limits {
+    pub(super) n_stages: u32,
     /// Longest sequence, prompt and answer together.
-    pub context_tokens: u32,
+    pub(super) context_tokens: u32,
     /// Tokens that all caches together may hold.
-    pub cache_tokens: u64,
+    pub(super) cache_tokens: u64,
     /// Prompt tokens of a step, at most.
-    pub prefill_tokens: u32,
+    pub(super) prefill_tokens: u32,
     /// The same for prompts whose log-probabilities are wanted: each of their tokens costs a row of logits.
-    pub scored_tokens: u32,
+    pub(super) scored_tokens: u32,
 }
 
 #[derive(Debug)]
-pub struct BatchScheduler {
+pub(super) struct BatchScheduler {
     limits: Limits,
     epoch: Epoch,
     next_number: u64,
@@ -86,7 +86,7 @@ impl Sequence {
 }
 
 impl BatchScheduler {
-    pub fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         Self {
             limits,
             epoch: Epoch(0),
@@ -103,31 +103,33 @@ impl BatchScheduler {
     }
 
     /// Forgets everything and starts an epoch.
-    pub fn reset(&mut self, epoch: Epoch) {
+    pub(super) fn reset(&mut self, epoch: Epoch) {
         *self = Self { epoch, ..Self::new(self.limits) };
     }
 
-    pub fn load(&self) -> EngineLoad {
+    pub(super) fn load(&self) -> EngineLoad {
         EngineLoad {
             running: self.sequences.len() as u32,
             waiting: self.waiting.len() as u32,
             cache_tokens_used: self.cache_tokens_reserved,
             cache_tokens_max: self.limits.cache_tokens,
+            hop_ns: 0,
         }
     }
 
     /// Steps whose results have not come back.
-    pub fn under_way(&self) -> usize {
+    pub(super) fn under_way(&self) -> usize {
         self.under_way.len()
     }
 
-    /// Whether a step could be made if others came back.
-    pub fn is_idle(&self) -> bool {
+    /// Whether nothing is left to do or to release.
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
         self.sequences.is_empty() && self.waiting.is_empty() && self.releases.is_empty()
     }
 
     /// Queues a sequence, or says why it cannot be served.
-    pub fn submit(&mut self, submission: Submission) -> Option<Delivery> {
+    pub(super) fn submit(&mut self, submission: Submission) -> Option<Delivery> {
         let (sequence, prompt, context) = (submission.sequence, submission.prompt.len() as u64, u64::from(self.limits.context_tokens));
         let room = context.saturating_sub(prompt);
         let message = if prompt == 0 {
@@ -146,13 +148,13 @@ impl BatchScheduler {
     }
 
     /// Gives a sequence up; nothing more is delivered for it.
-    pub fn cancel(&mut self, sequence: SequenceId) {
+    pub(super) fn cancel(&mut self, sequence: SequenceId) {
         self.waiting.retain(|submission| submission.sequence != sequence);
         self.remove(sequence);
     }
 
     /// Gives up every sequence, as when nobody listens any more.
-    pub fn cancel_all(&mut self) {
+    pub(super) fn cancel_all(&mut self) {
         self.waiting.clear();
         for sequence in self.sequences.keys().copied().collect::<Vec<_>>() {
             self.remove(sequence);
@@ -170,7 +172,7 @@ impl BatchScheduler {
     }
 
     /// Whether [`Self::next_step`] would give one now.
-    pub fn has_step(&mut self) -> bool {
+    pub(super) fn has_step(&mut self) -> bool {
         if self.under_way.len() > self.limits.n_stages as usize {
             return false;
         }
@@ -179,7 +181,7 @@ impl BatchScheduler {
     }
 
     /// The next step, if one is due and not too many are under way.
-    pub fn next_step(&mut self) -> Option<Step> {
+    pub(super) fn next_step(&mut self) -> Option<Step> {
         // Two steps keep one stage busy; n stages need n steps, and one more so that the first never waits for the way back.
         if self.under_way.len() > self.limits.n_stages as usize {
             return None;
@@ -312,7 +314,7 @@ impl BatchScheduler {
     }
 
     /// What a step brought: deliveries for those who still wait for it.
-    pub fn on_result(&mut self, result: StepResult) -> Vec<Delivery> {
+    pub(super) fn on_result(&mut self, result: StepResult) -> Vec<Delivery> {
         if result.epoch != self.epoch {
             return Vec::new();
         }
