@@ -13,9 +13,12 @@ use axum::{
 use bytes::Bytes;
 use futures_util::StreamExt;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::{task::spawn_blocking, time::timeout};
 
 pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
+
+/// Larger bodies are parsed away from the threads that serve connections.
+const PARSED_AT_ONCE_BYTES_MAX: usize = 256 << 10;
 
 /// For the whole body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -34,7 +37,13 @@ impl<S: Sync> FromRequest<S> for JsonBody {
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         check_content_type(request.headers())?;
         let bytes = read(request).await?;
-        Ok(Self(Fields::of_body(json::parse(&bytes)?)?))
+        let value = if bytes.len() <= PARSED_AT_ONCE_BYTES_MAX {
+            json::parse(&bytes)?
+        } else {
+            let parsed = spawn_blocking(move || json::parse(&bytes)).await;
+            parsed.unwrap_or_else(|error| Err(ApiError::BodyBroken { message: error.to_string() }))?
+        };
+        Ok(Self(Fields::of_body(value)?))
     }
 }
 

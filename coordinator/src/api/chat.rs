@@ -76,6 +76,8 @@ impl ChatRequest {
             return Err(ApiError::Invalid { param: "messages".into(), message });
         };
         let messages = take_messages(&mut fields)?;
+        let content = |message: &Value| message["content"].as_str().map_or(0, str::len);
+        check_bytes(messages.iter().map(content).sum(), model)?;
         let (tools, parallel_tool_calls) = tools(&mut fields)?;
         let mut format = OutputFormat::of_template(template.source(tools.is_some()));
         match (&tools, format.tools) {

@@ -194,6 +194,7 @@ async fn messages_are_checked() {
         (json!([{"role": "assistant", "content": "a", "function_call": {}}]), "messages[0].function_call"),
         (json!([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]), "messages[0].tool_calls[0].function.name"),
         (json!([{"role": "user", "content": "forbidden"}]), "messages"),
+        (json!([{"role": "user", "content": "a".repeat(1 << 20)}]), ""),
     ];
     for (value, wanted) in cases {
         let (status, param, _, message) = refused(&fake, CHAT, json!({}), "messages", value.clone()).await;
