@@ -65,18 +65,14 @@ impl WeightMap {
     /// Assigns every tensor of the index to a parameter of the spec.
     pub fn assign(spec: &ModelSpec, index: &WeightIndex) -> Result<WeightMap, WeightError> {
         let mut assignment = Assignment { spec, index, used: BTreeSet::new() };
-        let mut parts = BTreeMap::new();
-        for part in spec.parts() {
-            let mut parameters = Vec::new();
-            for weight in spec.weights(part) {
-                assignment.weight(&weight, &mut parameters)?;
-            }
-            parts.insert(part, parameters);
-        }
+        let map = assignment.parts(&spec.parts())?;
         assignment.check_left_over()?;
-        let norm = spec.final_norm.path.clone() + ".weight";
-        let activation_dtype = index.tensors.get(&norm).map(|entry| entry.dtype);
-        Ok(WeightMap { parts, activation_dtype })
+        Ok(map)
+    }
+
+    /// Only these parts, from an index that need not hold the others: for a node that has just its own files.
+    pub fn assign_parts(spec: &ModelSpec, index: &WeightIndex, parts: &[Part]) -> Result<WeightMap, WeightError> {
+        Assignment { spec, index, used: BTreeSet::new() }.parts(parts)
     }
 
     pub fn part_bytes(&self, part: Part) -> u64 {
@@ -120,6 +116,9 @@ struct Assignment<'a> {
     used: BTreeSet<String>,
 }
 
+/// A tensor of a matrix: suffix of its name, shape, type.
+type Piece = (&'static str, Vec<u64>, Wanted);
+
 /// What a tensor must look like.
 #[derive(Clone, Copy)]
 enum Wanted {
@@ -128,6 +127,20 @@ enum Wanted {
 }
 
 impl Assignment<'_> {
+    fn parts(&mut self, parts: &[Part]) -> Result<WeightMap, WeightError> {
+        let mut map = WeightMap::default();
+        for part in parts {
+            let mut parameters = Vec::new();
+            for weight in self.spec.weights(*part) {
+                self.weight(&weight, &mut parameters)?;
+            }
+            map.parts.insert(*part, parameters);
+        }
+        let norm = self.spec.final_norm.path.clone() + ".weight";
+        map.activation_dtype = self.index.tensors.get(&norm).map(|entry| entry.dtype);
+        Ok(map)
+    }
+
     fn weight(&mut self, weight: &Weight, out: &mut Vec<Parameter>) -> Result<(), WeightError> {
         match weight {
             Weight::Norm(norm) => out.push(self.take(format!("{}.weight", norm.path), &[u64::from(norm.dims)], Wanted::Float)?),
@@ -176,7 +189,7 @@ impl Assignment<'_> {
     }
 
     /// The tensors that a matrix `[.., output, input]` consists of, by suffix. `scheme_path` is where config.json names exceptions.
-    fn tensors_of(&self, path: &str, scheme_path: &str, shape: &[u32]) -> Result<Vec<(&'static str, Vec<u64>, Wanted)>, WeightError> {
+    fn tensors_of(&self, path: &str, scheme_path: &str, shape: &[u32]) -> Result<Vec<Piece>, WeightError> {
         let shape: Vec<u64> = shape.iter().map(|dim| u64::from(*dim)).collect();
         if !self.index.tensors.contains_key(&format!("{path}.scales")) {
             return Ok(vec![("weight", shape, Wanted::Float)]);

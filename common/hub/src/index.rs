@@ -65,6 +65,17 @@ pub fn folder_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
     Ok(weights.merge(&model, headers)?)
 }
 
+/// The same from the weight files that are there, whether they are all of the model's or not. Blocks on the disk.
+pub fn partial_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
+    let model = folder.display().to_string();
+    let weights = WeightFiles::without_index(&model, &file_names(folder)?)?;
+    let mut headers = Vec::with_capacity(weights.files.len());
+    for file in &weights.files {
+        headers.push((file.clone(), read_header(&folder.join(file))?));
+    }
+    Ok(weights.merge(&model, headers)?)
+}
+
 impl WeightFiles {
     /// `folder` is where the index file would be; `present` are the names of the files that the model has.
     pub(crate) fn find(model: &str, folder: &Path, present: &BTreeSet<String>) -> Result<Self, HubError> {

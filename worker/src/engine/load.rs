@@ -7,7 +7,6 @@ use mlx_cluster_common::{
     spec::ModelSpec,
     weights::{WeightIndex, WeightMap},
 };
-use mlx_cluster_hub::{HubSettings, ModelRef, ModelRefError, RepoRef, Snapshot};
 use mlx_cluster_lm::{shard::Shard, weights::Weights};
 use std::time::{Duration, Instant};
 
@@ -21,14 +20,7 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
         std::fs::read(folder.join("config.json")).map_err(|error| format!("cannot read config.json in {}: {error}", folder.display()))?;
     let config = serde_json::from_slice(&text).map_err(|error| format!("config.json in {} is not JSON: {error}", folder.display()))?;
     let spec = read_spec(&config).map_err(|error| error.to_string())?;
-    let index = read_index(boot)?;
-    if index.fingerprint(&text) != boot.spec.fingerprint {
-        let (name, folder) = (&boot.node_name, folder.display());
-        return Err(format!(
-            "the model in {folder} on {name} is not the one that the coordinator sees: copy the same files to every worker"
-        ));
-    }
-    let map = WeightMap::assign(&spec, &index).map_err(|error| error.to_string())?;
+    let (index, map) = read_weight_map(boot, &spec, &text)?;
     let parts = spec.parts_of(boot.spec.layers.clone());
     let total = map.bytes(&parts);
     let mut last = Instant::now();
@@ -47,18 +39,26 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
     Ok((shard, spec))
 }
 
-/// All headers of the model. Of a hub repository only this shard's files are here: the other headers are read from the hub.
-fn read_index(boot: &Boot) -> Result<WeightIndex, String> {
+/// What the model consists of, as far as this node has it. All files of a folder are here, and all tensors have to find their place. Of a
+/// hub repository only this shard's files are here; the worker compared the whole of it when it fetched them.
+fn read_weight_map(boot: &Boot, spec: &ModelSpec, config: &[u8]) -> Result<(WeightIndex, WeightMap), String> {
     match &boot.spec.model {
-        ModelSource::Folder(_) => mlx_cluster_hub::folder_weight_index(&boot.folder).map_err(|error| error.to_string()),
-        ModelSource::Repo { id, revision } => {
-            let repo: RepoRef = format!("{id}@{revision}").parse().map_err(|error: ModelRefError| error.to_string())?;
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
-            runtime.block_on(async {
-                let snapshot =
-                    Snapshot::attach(&ModelRef::Repo(repo), &HubSettings::from_env()).await.map_err(|error| error.to_string())?;
-                snapshot.weight_index().await.map_err(|error| error.to_string())
-            })
+        ModelSource::Folder(_) => {
+            let index = mlx_cluster_hub::folder_weight_index(&boot.folder).map_err(|error| error.to_string())?;
+            if index.fingerprint(config) != boot.spec.fingerprint {
+                let (name, folder) = (&boot.node_name, boot.folder.display());
+                return Err(format!(
+                    "the model in {folder} on {name} is not the one that the coordinator sees: copy the same files to every worker"
+                ));
+            }
+            let map = WeightMap::assign(spec, &index).map_err(|error| error.to_string())?;
+            Ok((index, map))
+        }
+        ModelSource::Repo { .. } => {
+            let index = mlx_cluster_hub::partial_weight_index(&boot.folder).map_err(|error| error.to_string())?;
+            let parts = spec.parts_of(boot.spec.layers.clone());
+            let map = WeightMap::assign_parts(spec, &index, &parts).map_err(|error| error.to_string())?;
+            Ok((index, map))
         }
     }
 }
