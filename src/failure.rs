@@ -1,5 +1,7 @@
 //! From a cause to an exit status: the one place. What to try next is part of every message already.
 
+use mlx_cluster_coordinator::{CoordinatorError, ErrorKind};
+use mlx_cluster_worker::supervisor::WorkerError;
 use std::{fmt, io, process::ExitCode};
 
 /// Exit statuses, as `--help` lists them.
@@ -52,6 +54,24 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 fn known_exit(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.exit);
+    }
+    if let Some(error) = cause.downcast_ref::<CoordinatorError>() {
+        return Some(match error.kind() {
+            ErrorKind::Usage => Exit::Usage,
+            ErrorKind::BadFile => Exit::BadFile,
+            ErrorKind::Network => Exit::Network,
+            ErrorKind::Access => Exit::Access,
+            ErrorKind::Resources => Exit::Resources,
+            ErrorKind::Internal => Exit::Other,
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<WorkerError>() {
+        return Some(match error {
+            WorkerError::Name { .. } | WorkerError::ClusterName { .. } => Exit::Usage,
+            WorkerError::Listen { .. } => Exit::Network,
+            WorkerError::Home(_) => Exit::Resources,
+            WorkerError::Program { .. } | WorkerError::EndedEarly { .. } => Exit::Other,
+        });
     }
     if let Some(error) = cause.downcast_ref::<io::Error>() {
         return match error.kind() {

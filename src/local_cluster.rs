@@ -49,6 +49,7 @@ impl LocalCluster {
             memory_limit: None,
             home,
             engine_command: None,
+            quiet: true,
         };
         let stop = CancellationToken::new();
         let mut parts = JoinSet::new();

@@ -28,8 +28,17 @@ pub(crate) fn suspended<T>(print: impl FnOnce() -> T) -> T {
     BARS.suspend(print)
 }
 
+/// What is worth showing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// The state of the cluster, and what its workers fetch and load.
+    All,
+    /// Somebody else says what state the cluster is in.
+    Transfers,
+}
+
 /// Shows progress until the model can answer, and returns the status of the cluster then.
-pub(crate) async fn until_ready(client: &Client) -> anyhow::Result<Value> {
+pub(crate) async fn until_ready(client: &Client, detail: Detail) -> anyhow::Result<Value> {
     let mut shown = Shown::new();
     let mut heard = Instant::now();
     loop {
@@ -40,7 +49,7 @@ pub(crate) async fn until_ready(client: &Client) -> anyhow::Result<Value> {
                     "ready" if status["model"].is_object() => return Ok(status),
                     "idle" => return Err(refused(client, "serves no model: start it with --model")),
                     "failed" | "draining" => return Err(refused(client, &format!("cannot answer: {}", cause_of(&status)))),
-                    _ => shown.show(&status),
+                    _ => shown.show(&status, detail),
                 }
             }
             Err(error) if heard.elapsed() > SILENCE_MAX => return Err(error),
@@ -100,12 +109,14 @@ impl Shown {
         }
     }
 
-    fn show(&mut self, status: &Value) {
+    fn show(&mut self, status: &Value, detail: Detail) {
         let current = transfers(status);
         match self {
             Shown::Bars { state, transfers } => {
-                state.set_message(cause_of(status).to_owned());
-                state.tick();
+                if detail == Detail::All {
+                    state.set_message(cause_of(status).to_owned());
+                    state.tick();
+                }
                 transfers.retain(|worker, bar| {
                     let goes_on = current.iter().any(|transfer| transfer.worker == *worker);
                     if !goes_on {
@@ -122,7 +133,7 @@ impl Shown {
                 }
             }
             Shown::Lines { state, transfers } => {
-                if state != cause_of(status) {
+                if detail == Detail::All && state != cause_of(status) {
                     cause_of(status).clone_into(state);
                     eprintln!("{state}");
                 }

@@ -4,7 +4,7 @@ use crate::{
     client::Client,
     failure::{Exit, Failure},
     local_cluster::LocalCluster,
-    progress,
+    progress::{self, Detail},
 };
 use serde_json::Value;
 use std::path::Path;
@@ -66,7 +66,7 @@ impl Target {
     }
 
     async fn become_ready(&mut self, args: &TargetArgs, stop: &CancellationToken) -> anyhow::Result<String> {
-        let ready = progress::until_ready(&self.client);
+        let ready = progress::until_ready(&self.client, Detail::All);
         let status = match &mut self.local {
             None => tokio::select! {
                 status = ready => status?,

@@ -1,11 +1,21 @@
 //! `mlx-cluster coordinator`: finds the workers, plans, serves.
 
 use super::worker::{DEFAULT_CLUSTER, cluster_name};
-use crate::{client::Client, home::home, progress, signals, target::DEFAULT_HTTP};
+use crate::{
+    client::Client,
+    home::home,
+    progress::{self, Detail},
+    signals,
+    target::DEFAULT_HTTP,
+};
 use mlx_cluster_common::plan::Strategy;
-use mlx_cluster_coordinator::CoordinatorOptions;
+use mlx_cluster_coordinator::{
+    CoordinatorOptions,
+    report::{self, Reporter},
+};
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -29,7 +39,7 @@ pub(crate) struct CoordinatorArgs {
     /// Where the API listens
     #[arg(long, value_name = "ADDR:PORT", default_value = DEFAULT_HTTP)]
     http: SocketAddr,
-    /// Where `worker --join` finds this coordinator; all addresses and a free port unless given
+    /// Where `worker --join` finds this coordinator; port 7070 of all addresses, or a free one, unless given
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
     /// Plan only when so many workers are there
@@ -38,14 +48,14 @@ pub(crate) struct CoordinatorArgs {
     /// auto: as few stages as the model needs, unless more workers were asked for; pipeline: all workers
     #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
     strategy: Strategy,
-    /// Layers for each worker in the order of their names, instead of in proportion to their memory
+    /// Layers for each worker, the one with the most memory first, instead of in proportion to their memory
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
     /// Longest sequence, prompt and answer together; what the model was made for unless given
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
     /// Give up when the workers are not there after so long
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     wait: u64,
 }
 
@@ -67,7 +77,9 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         quiet: false,
     };
     signals::until_stopped(async |stop: CancellationToken| {
-        let work = mlx_cluster_coordinator::run(options, stop.clone());
+        let lines = report::lines();
+        let reporter: Reporter = Arc::new(move |report| progress::suspended(|| lines(report)));
+        let work = mlx_cluster_coordinator::run_with(options, stop.clone(), reporter);
         let watching = async {
             if has_model {
                 show_progress(http).await;
@@ -86,8 +98,6 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
 async fn show_progress(http: SocketAddr) {
     let ip = if http.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { http.ip() };
     let Ok(client) = Client::new(&format!("http://{}", SocketAddr::new(ip, http.port()))) else { return };
-    // The coordinator itself says why it fails.
-    if progress::until_ready(&client).await.is_ok() {
-        progress::suspended(|| eprintln!("ready at {}/v1", client.url()));
-    }
+    // The coordinator itself says whether it is ready, or why it fails.
+    let _ = progress::until_ready(&client, Detail::Transfers).await;
 }

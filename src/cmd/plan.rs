@@ -1,25 +1,35 @@
-//! `mlx-cluster plan`: what a coordinator would do, without any worker.
+//! `mlx-cluster plan`: what a coordinator would do, without any engine.
 
-use crate::{home::home, signals};
+use super::worker::{DEFAULT_CLUSTER, cluster_name};
+use crate::signals;
 use mlx_cluster_common::{plan::Strategy, units::Bytes};
+use mlx_cluster_coordinator::{PlanNodes, PlanOnlyOptions, plan_only};
+use std::time::Duration;
 
 /// Print which worker would hold which layers, also for Macs that you do not have yet.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
   mlx-cluster plan --model mlx-community/Qwen3-30B-A3B-4bit --memory 64GB,24GB
-  mlx-cluster plan --model ./my-model --memory 64GB,24GB --split 30,18 --context 32768")]
+  mlx-cluster plan --model ./my-model --memory 64GB,24GB --split 30,18 --context 32768
+  mlx-cluster plan --model ./my-model                 (over the free workers that are there)")]
 pub(crate) struct PlanArgs {
     /// A folder or a repository on the Hugging Face hub
     #[arg(long, value_name = "PATH|REPO")]
     model: String,
-    /// Memory that models may use on each worker; this machine's unless given
+    /// Machines with so much memory for models each; the free workers of the cluster unless given
     #[arg(long, value_name = "SIZE,SIZE,…", value_delimiter = ',')]
     memory: Vec<Bytes>,
+    /// The cluster whose workers are asked
+    #[arg(long, default_value = DEFAULT_CLUSTER, value_parser = cluster_name, conflicts_with = "memory")]
+    cluster: String,
+    /// How long to wait for their answers
+    #[arg(long, value_name = "SECONDS", default_value_t = 3, conflicts_with = "memory")]
+    wait: u64,
     /// auto: as few stages as the model needs; pipeline: all workers
     #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
     strategy: Strategy,
-    /// Layers for each worker
+    /// Layers for each worker, the one with the most memory first
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
     /// Longest sequence, prompt and answer together
@@ -28,6 +38,15 @@ pub(crate) struct PlanArgs {
 }
 
 pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
-    let _ = (home()?, args);
-    signals::until_stopped(async |_| Ok(())).await
+    let nodes = match args.memory.is_empty() {
+        true => PlanNodes::Discover { cluster: args.cluster.as_str().into(), wait: Duration::from_secs(args.wait) },
+        false => PlanNodes::Memory(args.memory),
+    };
+    let options = PlanOnlyOptions { model: args.model, strategy: args.strategy, split: args.split, context_tokens: args.context, nodes };
+    let plan = signals::until_stopped(async |stop| match stop.run_until_cancelled(plan_only(options)).await {
+        Some(plan) => Ok(plan?),
+        None => Err(crate::target::interrupted()),
+    });
+    println!("{}", plan.await?);
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use crate::{
     client::Client,
     failure::{Exit, Failure},
-    progress,
+    progress::{self, Detail},
     target::DEFAULT_URL,
 };
 use mlx_cluster_common::units::Bytes;
@@ -33,7 +33,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let client = Client::new(&args.url)?;
     let status = match args.wait {
         None => client.cluster().await?,
-        Some(seconds) => match timeout(Duration::from_secs(seconds), progress::until_ready(&client)).await {
+        Some(seconds) => match timeout(Duration::from_secs(seconds), progress::until_ready(&client, Detail::All)).await {
             Ok(status) => status?,
             Err(_) => return Err(Failure::new(Exit::Network, format!("the model at {} is not ready after {seconds} s", args.url)).into()),
         },

@@ -41,6 +41,7 @@ pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         memory_limit: args.memory_limit,
         home: home()?,
         engine_command: None,
+        quiet: false,
     };
     signals::until_stopped(async |stop| Ok(supervisor::run(options, stop).await?)).await
 }
