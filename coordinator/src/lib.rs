@@ -8,7 +8,11 @@ pub mod chat;
 pub mod core;
 pub mod discovery;
 mod driver;
+#[cfg(test)]
+mod driver_tests;
 mod error;
+#[cfg(test)]
+mod fakes;
 mod grpc;
 mod links;
 pub mod model;

@@ -1,1 +1,168 @@
+//! The state machine's promises, one situation each.
 
+use super::{
+    event::{ClusterFailure, Event, Settings},
+    world::{World, ms, settings},
+};
+use crate::serving::{InstanceState, RequestEvent, RequestFailure};
+use mlx_cluster_common::{plan::Strategy, request::FinishReason};
+
+#[test]
+fn two_workers_come_up_serve_and_stop() {
+    let mut world = World::ready(2, Strategy::Pipeline, 1);
+    assert_eq!((world.plans.len(), world.plans[0].stages.len(), world.epochs.len()), (1, 2, 1));
+    let sequence = world.submit(1);
+    world.run(ms(1000));
+    assert_eq!(world.answers[&sequence].len(), 6);
+    assert_eq!(world.ends_of(sequence), [&RequestEvent::Finished(FinishReason::Length)]);
+    world.tell(Event::Drain { limit: ms(1000) });
+    world.run(ms(4000));
+    assert_eq!(world.ended, Some(None));
+}
+
+#[test]
+fn a_dead_engine_is_named_and_the_model_comes_back() {
+    let mut world = World::ready(3, Strategy::Pipeline, 2);
+    let sequence = world.submit(1);
+    world.run(ms(5));
+    world.engine_dies("w1", Some(100));
+    world.run(ms(200));
+    assert!(matches!(world.state(), InstanceState::Recovering { .. }));
+    let expected = RequestFailure::Broken { worker: "w1".into(), message: "its engine was killed by signal 9".into() };
+    assert_eq!(world.ends_of(sequence), [&RequestEvent::Failed(expected)]);
+    let early = world.submit(2);
+    let message = format!("{:?}", world.ends_of(early));
+    assert!(message.contains("NotReady") && message.contains("w1"), "{message}");
+    world.run(ms(3000));
+    assert_eq!((world.state(), world.plans.len(), world.epochs.len()), (InstanceState::Ready, 1, 2));
+    let sequence = world.submit(3);
+    world.run(ms(1000));
+    assert_eq!(world.ends_of(sequence), [&RequestEvent::Finished(FinishReason::Length)]);
+}
+
+#[test]
+fn a_stream_that_breaks_shortly_changes_nothing() {
+    let mut world = World::ready(2, Strategy::Pipeline, 3);
+    let sequence = world.submit(1);
+    world.worker_down("w1", false);
+    world.run(ms(1000));
+    world.worker_up("w1");
+    world.run(ms(3000));
+    assert_eq!((world.state(), world.epochs.len()), (InstanceState::Ready, 1));
+    assert_eq!(world.ends_of(sequence), [&RequestEvent::Finished(FinishReason::Length)]);
+}
+
+#[test]
+fn a_lost_worker_is_waited_for_and_the_others_keep_their_engines() {
+    let mut world = World::ready(2, Strategy::Pipeline, 4);
+    world.worker_down("w1", true);
+    world.run(ms(5000));
+    let state = world.state();
+    assert!(matches!(&state, InstanceState::Recovering { cause } if cause.contains("w1")), "{state:?}");
+    world.worker_up("w1");
+    world.run(ms(5000));
+    assert_eq!((world.state(), world.plans.len()), (InstanceState::Ready, 1), "the same plan");
+}
+
+#[test]
+fn another_worker_takes_the_place_of_a_lost_one() {
+    let mut world = World::ready(2, Strategy::Pipeline, 5);
+    world.worker_up("w2");
+    world.run(ms(1000));
+    assert_eq!(world.plans.len(), 1, "a new worker alone is no reason to stop serving");
+    world.worker_down("w0", true);
+    world.run(ms(8000));
+    assert_eq!((world.state(), world.plans.len()), (InstanceState::Ready, 2));
+    let names: Vec<_> = world.plans[1].stages.iter().map(|stage| stage.node_name.as_str()).collect();
+    assert_eq!(names, ["w1", "w2"]);
+}
+
+#[test]
+fn a_worker_that_is_not_used_may_go() {
+    let mut world = World::ready(1, Strategy::Auto, 6);
+    world.worker_up("w1");
+    world.run(ms(1000));
+    world.worker_down("w1", true);
+    world.run(ms(5000));
+    assert_eq!((world.state(), world.plans.len(), world.epochs.len()), (InstanceState::Ready, 1, 1));
+}
+
+#[test]
+fn hopeless_engines_end_the_first_start_with_their_own_words() {
+    let mut world = World::new(settings(1, Strategy::Auto), 7);
+    world.worker_up("w0");
+    world.run(ms(560));
+    world.engine_dies("w0", None);
+    world.run(ms(5000));
+    let message = world.ended.clone().flatten().expect("a failure").to_string();
+    assert!(message.contains("w0") && message.contains("signal 9") && message.contains("last words"), "{message}");
+}
+
+#[test]
+fn hopeless_engines_later_leave_the_coordinator_standing() {
+    let mut world = World::ready(1, Strategy::Auto, 8);
+    world.engine_dies("w0", None);
+    world.run(ms(5000));
+    assert!(matches!(world.state(), InstanceState::Failed { .. }) && world.ended.is_none());
+    world.worker_up("w1");
+    world.run(ms(5000));
+    assert_eq!(world.state(), InstanceState::Ready);
+}
+
+#[test]
+fn nobody_comes() {
+    let mut world = World::new(settings(2, Strategy::Auto), 9);
+    world.worker_up("w0");
+    world.run(ms(119_000));
+    assert_eq!(world.state(), InstanceState::WaitingForWorkers { found: 1, wanted: 2 });
+    world.run(ms(10_000));
+    assert!(matches!(world.ended, Some(Some(ClusterFailure::NoWorkers { found: 1, wanted: 2, .. }))));
+}
+
+#[test]
+fn without_a_model_it_is_idle_once_the_workers_are_there() {
+    let mut world = World::new(Settings { model: None, ..settings(1, Strategy::Auto) }, 10);
+    assert_eq!(world.state(), InstanceState::WaitingForWorkers { found: 0, wanted: 1 });
+    world.run(ms(500_000));
+    world.worker_up("w0");
+    world.run(ms(1000));
+    assert_eq!(world.state(), InstanceState::Idle);
+    world.tell(Event::Drain { limit: ms(0) });
+    world.run(ms(3000));
+    assert_eq!(world.ended, Some(None));
+}
+
+#[test]
+fn a_model_that_does_not_fit_waits_for_one_more_worker_then_says_so() {
+    let too_long = Settings { split: Some(vec![3, 4]), ..settings(2, Strategy::Pipeline) };
+    let mut world = World::new(too_long, 11);
+    (0..2).for_each(|i| world.worker_up(&format!("w{i}")));
+    world.run(ms(1000));
+    world.run(ms(4000));
+    assert!(matches!(world.ended, Some(Some(ClusterFailure::DoesNotFit(_)))), "{:?}", world.state());
+}
+
+#[test]
+fn too_many_waiting_requests_are_refused_and_abandoned_ones_cancelled() {
+    let mut world = World::ready(1, Strategy::Auto, 12);
+    let sequences: Vec<_> = (1..=257).map(|i| world.submit(i)).collect();
+    assert_eq!(world.ends_of(sequences[256]), [&RequestEvent::Failed(RequestFailure::Overloaded { waiting: 256 })]);
+    assert!(world.is_at_lead(sequences[0]));
+    world.abandon(sequences[0]);
+    assert!(!world.is_at_lead(sequences[0]));
+    world.run(ms(2000));
+    assert!(world.answers[&sequences[0]].is_empty());
+    assert!(sequences[1..].iter().all(|sequence| world.ends_of(*sequence).len() == 1));
+}
+
+#[test]
+fn draining_finishes_what_runs() {
+    let mut world = World::ready(2, Strategy::Pipeline, 13);
+    let running = world.submit(1);
+    world.tell(Event::Drain { limit: ms(5000) });
+    let late = world.submit(2);
+    assert!(matches!(world.ends_of(late)[..], [RequestEvent::Failed(RequestFailure::NotReady { .. })]));
+    world.run(ms(5000));
+    assert_eq!(world.ends_of(running), [&RequestEvent::Finished(FinishReason::Length)]);
+    assert_eq!(world.ended, Some(None));
+}

@@ -14,6 +14,8 @@ mod status;
 mod cluster_tests;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+pub(crate) mod world;
 
 use std::time::Duration;
 

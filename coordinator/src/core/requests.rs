@@ -67,7 +67,7 @@ impl Requests {
             return Vec::new();
         }
         let lost: Vec<_> = self.live.iter().filter(|(_, live)| now >= live.active_at + FORGOTTEN).map(|(sequence, _)| *sequence).collect();
-        lost.iter().for_each(|sequence| drop(self.live.remove(sequence)));
+        self.live.retain(|sequence, _| !lost.contains(sequence));
         lost
     }
 

@@ -1,1 +1,57 @@
+//! Random faults in a pretended cluster: whatever happens, every request ends once, and the model comes back.
 
+use super::{
+    event::Event,
+    world::{World, ms},
+};
+use crate::serving::InstanceState;
+use mlx_cluster_common::{ids::SequenceId, plan::Strategy};
+
+const SEEDS: u64 = 400;
+
+fn fault(world: &mut World, workers: u64) {
+    let name = format!("w{}", world.random.below(workers));
+    match world.random.below(8) {
+        0 | 1 => world.engine_dies(&name, Some(100)),
+        2 => world.worker_down(&name, true),
+        3 => world.worker_down(&name, false),
+        _ => world.worker_up(&name),
+    }
+}
+
+fn simulate(seed: u64) {
+    let workers = 1 + seed % 3;
+    let strategy = if seed.is_multiple_of(2) { Strategy::Pipeline } else { Strategy::Auto };
+    let mut world = World::ready(workers as usize, strategy, seed);
+    let mut sequences = Vec::new();
+    for i in 0..60 {
+        if world.random.below(3) == 0 {
+            fault(&mut world, workers + 1);
+        }
+        let sequence = world.submit(1000 + i);
+        sequences.push(sequence);
+        if world.random.below(10) == 0 && world.ends_of(sequence).is_empty() {
+            world.abandon(sequence);
+        }
+        let pause = world.random.below(1500);
+        world.run(ms(pause));
+    }
+    // The faults end, and everybody comes back.
+    (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
+    world.run(ms(60_000));
+    assert_eq!(world.state(), InstanceState::Ready, "after the faults");
+    let unanswered = |sequence: &&SequenceId| world.ends_of(**sequence).len() != 1 && !world.abandoned.contains(sequence);
+    assert_eq!(sequences.iter().find(unanswered), None, "every request ends once");
+    assert!(world.epochs.windows(2).all(|pair| pair[0] < pair[1]), "no epoch is used twice");
+    world.tell(Event::Drain { limit: ms(100) });
+    world.run(ms(5000));
+    assert_eq!(world.ended, Some(None));
+}
+
+#[test]
+fn whatever_happens_every_request_ends_once_and_the_model_comes_back() {
+    for seed in 0..SEEDS {
+        let outcome = std::panic::catch_unwind(|| simulate(seed));
+        assert!(outcome.is_ok(), "seed {seed}");
+    }
+}

@@ -55,7 +55,7 @@ pub(super) struct WorkerTask {
 
 /// What a standing stream waits for.
 enum Next {
-    Observed(Result<Option<wire::Observed>, Status>),
+    Observed(Box<Result<Option<wire::Observed>, Status>>),
     Changed,
     KeepAlive,
     TooSlow,
@@ -139,14 +139,14 @@ impl WorkerTask {
         let mut late = std::pin::pin!(sleep(FACTS_TIMEOUT));
         loop {
             let next = tokio::select! {
-                message = observed.message() => Next::Observed(message),
+                message = observed.message() => Next::Observed(Box::new(message)),
                 Ok(()) = self.desired.changed() => Next::Changed,
                 _ = ticks.tick() => Next::KeepAlive,
                 () = &mut late, if !*was_up => Next::TooSlow,
             };
             match next {
                 Next::Observed(snapshot) => {
-                    let snapshot = snapshot?.ok_or(LinkError::Closed)?;
+                    let snapshot = (*snapshot)?.ok_or(LinkError::Closed)?;
                     let event = self.event(snapshot, address, was_up)?;
                     self.notes.send(Note::Event(event)).await.map_err(|_| LinkError::Closed)?;
                 }

@@ -1,0 +1,383 @@
+//! A pretended cluster for tests of the core: workers, engines and a lead in virtual time, with faults on demand.
+
+use super::{
+    Now,
+    cluster::Cluster,
+    event::{ClusterFailure, Effect, Event, ServedFacts, Settings},
+    placement::tests::{model, node},
+};
+use crate::serving::{Admitted, InstanceState, RequestEvent};
+use mlx_cluster_common::{
+    engine::{EngineSpec, EngineState, EngineStatus, ModelSource},
+    ids::{Epoch, NodeId, SequenceId},
+    plan::{Plan, Strategy},
+    request::{Delivery, FinishReason, SessionCommand, TokenOut},
+    sampling::SamplingParams,
+    units::Bytes,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+pub(crate) const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
+    let (spec, weights) = model(6, 64, true);
+    let source = ModelSource::Folder("/model".into());
+    let facts = ServedFacts { name: "test".into(), source, spec, weights, fingerprint: 7 };
+    Settings {
+        cluster: "test".into(),
+        run: "run".into(),
+        model: Some(Arc::new(facts)),
+        min_workers: workers,
+        strategy,
+        split: None,
+        context_tokens: None,
+        wait: Some(Duration::from_secs(120)),
+    }
+}
+
+/// SplitMix64 (Steele et al. 2014): small, seeded, good enough to choose faults.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
+
+struct FakeEngine {
+    spec: EngineSpec,
+    incarnation: u64,
+    state: EngineState,
+    epoch: Epoch,
+}
+
+struct FakeNode {
+    connected: bool,
+    version: u64,
+    engine: Option<FakeEngine>,
+}
+
+/// What happens later in the pretended cluster.
+enum Later {
+    Tell(Event),
+    Apply { node: NodeId, version: u64, engines: Vec<EngineSpec> },
+    Loaded { node: NodeId, incarnation: u64 },
+    Link { epoch: Epoch, stage: u32, node: NodeId },
+    Open { epoch: Epoch, lead: NodeId },
+    Token { epoch: Epoch, sequence: SequenceId, left: u32 },
+}
+
+pub(crate) struct World {
+    pub(crate) cluster: Cluster,
+    pub(crate) now: Now,
+    pub(crate) random: Random,
+    nodes: BTreeMap<NodeId, FakeNode>,
+    later: BTreeMap<(Now, u64), Later>,
+    count: u64,
+    /// The session that the coordinator holds open.
+    session: Option<Epoch>,
+    opened: Option<Epoch>,
+    at_lead: BTreeSet<SequenceId>,
+    pub(crate) answers: BTreeMap<SequenceId, Vec<RequestEvent>>,
+    pub(crate) abandoned: BTreeSet<SequenceId>,
+    pub(crate) plans: Vec<Plan>,
+    pub(crate) epochs: Vec<Epoch>,
+    pub(crate) ended: Option<Option<ClusterFailure>>,
+}
+
+impl World {
+    pub(crate) fn new(settings: Settings, seed: u64) -> Self {
+        Self {
+            cluster: Cluster::new(settings),
+            now: Duration::ZERO,
+            random: Random(seed),
+            nodes: BTreeMap::new(),
+            later: BTreeMap::new(),
+            count: 0,
+            session: None,
+            opened: None,
+            at_lead: BTreeSet::new(),
+            answers: BTreeMap::new(),
+            abandoned: BTreeSet::new(),
+            plans: Vec::new(),
+            epochs: Vec::new(),
+            ended: None,
+        }
+    }
+
+    /// A cluster of so many workers that serves.
+    pub(crate) fn ready(workers: usize, strategy: Strategy, seed: u64) -> Self {
+        let mut world = Self::new(settings(workers, strategy), seed);
+        (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
+        world.run(ms(10_000));
+        assert_eq!(world.state(), InstanceState::Ready);
+        world
+    }
+
+    pub(crate) fn state(&self) -> InstanceState {
+        self.cluster.instance_state()
+    }
+
+    fn id(name: &str) -> NodeId {
+        NodeId(format!("id-{name}"))
+    }
+
+    fn after(&mut self, delay: Duration, later: Later) {
+        self.count += 1;
+        self.later.insert((self.now + delay, self.count), later);
+    }
+
+    fn soon(&mut self) -> Duration {
+        ms(1 + self.random.below(40))
+    }
+
+    // --- what tests do ---
+
+    pub(crate) fn worker_up(&mut self, name: &str) {
+        let id = Self::id(name);
+        let fake = self.nodes.entry(id.clone()).or_insert(FakeNode { connected: false, version: 0, engine: None });
+        fake.connected = true;
+        let (version, engines) = (fake.version, Self::statuses(fake));
+        let mut facts = node(name, 4_000_000_000, 0.0);
+        facts.addresses = vec![format!("10.0.0.{}:1", 1 + name.len())];
+        self.tell(Event::WorkerUp { facts, reached: "10.0.0.1:1".into(), version, engines });
+    }
+
+    /// Its stream breaks; with `dies` the process and its engine are gone too.
+    pub(crate) fn worker_down(&mut self, name: &str, dies: bool) {
+        let id = Self::id(name);
+        let Some(fake) = self.nodes.get_mut(&id).filter(|fake| fake.connected) else { return };
+        fake.connected = false;
+        let had = dies && fake.engine.take().is_some();
+        if dies {
+            fake.version = 0;
+        }
+        if had {
+            self.break_session("connection reset");
+        }
+        let delay = self.soon();
+        self.after(delay, Later::Tell(Event::WorkerDown { node: id, cause: "connection reset".into() }));
+    }
+
+    pub(crate) fn engine_dies(&mut self, name: &str, retry_in_ms: Option<u64>) {
+        let id = Self::id(name);
+        let Some(engine) = self.nodes.get_mut(&id).and_then(|fake| fake.engine.as_mut()) else { return };
+        let cause = "its engine was killed by signal 9".to_owned();
+        engine.state = EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms };
+        engine.incarnation += 1;
+        let incarnation = engine.incarnation;
+        self.break_session("stream closed");
+        self.observe(&id);
+        if let Some(retry) = retry_in_ms {
+            self.after(ms(retry + 200), Later::Loaded { node: id, incarnation });
+        }
+    }
+
+    pub(crate) fn submit(&mut self, sequence: u64) -> SequenceId {
+        let sequence = SequenceId(sequence);
+        let request = Admitted { prompt: vec![1], params: SamplingParams::default() };
+        assert!(self.answers.insert(sequence, Vec::new()).is_none(), "a number is used once");
+        self.tell(Event::Submitted { sequence, request });
+        sequence
+    }
+
+    pub(crate) fn abandon(&mut self, sequence: SequenceId) {
+        self.abandoned.insert(sequence);
+        self.tell(Event::Abandoned { sequence });
+    }
+
+    pub(crate) fn is_at_lead(&self, sequence: SequenceId) -> bool {
+        self.at_lead.contains(&sequence)
+    }
+
+    pub(crate) fn ends_of(&self, sequence: SequenceId) -> Vec<&RequestEvent> {
+        let is_end = |event: &&RequestEvent| matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_));
+        self.answers[&sequence].iter().filter(is_end).collect()
+    }
+
+    /// Lets time pass.
+    pub(crate) fn run(&mut self, time: Duration) {
+        let until = self.now + time;
+        for _ in 0..100_000 {
+            let next = self.later.keys().next().map(|(at, _)| *at);
+            let deadline = self.cluster.deadline(self.now);
+            let Some(at) = next.into_iter().chain(deadline).min().filter(|at| *at <= until) else {
+                self.now = until;
+                return;
+            };
+            self.now = self.now.max(at);
+            match self.later.first_key_value().map(|((at, _), _)| *at) {
+                Some(at) if at <= self.now => {
+                    let Some((_, later)) = self.later.pop_first() else { continue };
+                    self.happen(later);
+                }
+                _ => self.tell(Event::Tick),
+            }
+        }
+        panic!("time stands still at {:?}", self.now);
+    }
+
+    // --- how the pretended cluster reacts ---
+
+    pub(crate) fn tell(&mut self, event: Event) {
+        if self.ended.is_some() {
+            return;
+        }
+        for effect in self.cluster.handle(event, self.now) {
+            self.carry_out(effect);
+        }
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        assert!(self.ended.is_none(), "nothing comes after the end");
+        let delay = self.soon();
+        match effect {
+            Effect::SetDesired { node, version, engines } => self.after(delay, Later::Apply { node, version, engines }),
+            Effect::Link { epoch, stage, .. } => {
+                assert!(self.epochs.last().is_none_or(|last| *last <= epoch), "epochs rise");
+                assert!(self.session.is_none(), "no session while linking");
+                if self.epochs.last() != Some(&epoch) {
+                    self.epochs.push(epoch);
+                }
+                let node = self.plans.last().map(|plan| plan.stages[stage as usize].node.clone()).expect("a plan");
+                self.after(delay, Later::Link { epoch, stage, node });
+            }
+            Effect::OpenSession { epoch, .. } => {
+                assert_eq!(self.epochs.last(), Some(&epoch), "only the newest epoch gets a session");
+                assert!(self.session.is_none(), "one session at a time");
+                self.session = Some(epoch);
+                let lead = self.plans.last().map(|plan| plan.stages[0].node.clone()).expect("a plan");
+                self.after(delay, Later::Open { epoch, lead });
+            }
+            Effect::CloseSession => {
+                (self.session, self.opened) = (None, None);
+                self.at_lead.clear();
+            }
+            Effect::Command(SessionCommand::Submit(submission)) => {
+                assert!(self.session.is_some(), "a request needs a session");
+                // The session may be broken without the coordinator knowing yet.
+                let Some(epoch) = self.opened else { return };
+                self.at_lead.insert(submission.sequence);
+                self.after(delay, Later::Token { epoch, sequence: submission.sequence, left: 5 });
+            }
+            Effect::Command(SessionCommand::Cancel(sequence)) => drop(self.at_lead.remove(&sequence)),
+            Effect::Answer { sequence, event } => {
+                assert!(self.ends_of(sequence).is_empty(), "nothing comes after the last answer of {sequence}");
+                assert!(!self.abandoned.contains(&sequence), "nobody reads the answers of {sequence}");
+                self.answers.entry(sequence).or_default().push(event);
+            }
+            Effect::Planned(plan) => self.plans.push(plan),
+            Effect::End(failure) => self.ended = Some(failure),
+        }
+    }
+
+    fn happen(&mut self, later: Later) {
+        let delay = self.soon();
+        match later {
+            Later::Tell(event) => self.tell(event),
+            Later::Apply { node, version, engines } => self.apply(&node, version, engines),
+            Later::Loaded { node, incarnation } => {
+                let Some(engine) = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut()) else { return };
+                if engine.incarnation == incarnation {
+                    engine.state = EngineState::Ready { port: 9, incarnation, resident: Bytes(1) };
+                    self.observe(&node);
+                }
+            }
+            Later::Link { epoch, stage, node } => {
+                let engine = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut());
+                let result = match engine.filter(|engine| matches!(engine.state, EngineState::Ready { .. })) {
+                    Some(engine) if engine.epoch < epoch => {
+                        engine.epoch = epoch;
+                        Ok(())
+                    }
+                    _ => Err("connection refused".to_owned()),
+                };
+                self.after(delay, Later::Tell(Event::Linked { epoch, stage, result }));
+            }
+            Later::Open { epoch, lead } => {
+                let engine = self.nodes.get(&lead).and_then(|fake| fake.engine.as_ref());
+                if self.session != Some(epoch) {
+                    return;
+                }
+                if engine.is_some_and(|engine| engine.epoch == epoch && matches!(engine.state, EngineState::Ready { .. })) {
+                    self.opened = Some(epoch);
+                    return self.tell(Event::SessionOpened { epoch });
+                }
+                self.session = None;
+                self.tell(Event::SessionBroken { epoch, node: None, message: "connection refused".into() });
+            }
+            Later::Token { epoch, sequence, left } => self.token(epoch, sequence, left),
+        }
+    }
+
+    fn token(&mut self, epoch: Epoch, sequence: SequenceId, left: u32) {
+        if self.opened != Some(epoch) || !self.at_lead.contains(&sequence) {
+            return;
+        }
+        let token = TokenOut { id: left, logprob: None, top: Vec::new() };
+        let delivery = match left {
+            0 => Delivery::Finished { sequence, reason: FinishReason::Length },
+            _ => Delivery::Token { sequence, token },
+        };
+        if left == 0 {
+            self.at_lead.remove(&sequence);
+        } else {
+            let delay = self.soon();
+            self.after(delay, Later::Token { epoch, sequence, left: left - 1 });
+        }
+        self.tell(Event::Delivered { epoch, delivery });
+    }
+
+    fn apply(&mut self, node: &NodeId, version: u64, engines: Vec<EngineSpec>) {
+        let load = ms(50 + self.random.below(500));
+        let Some(fake) = self.nodes.get_mut(node).filter(|fake| fake.connected) else { return };
+        fake.version = version;
+        let wanted = engines.into_iter().next();
+        let same = fake.engine.as_ref().map(|engine| &engine.spec.id) == wanted.as_ref().map(|spec| &spec.id);
+        if !same {
+            let had = fake.engine.take().is_some();
+            let incarnation = self.count + 1_000_000;
+            fake.engine = wanted.map(|spec| FakeEngine {
+                spec,
+                incarnation,
+                state: EngineState::Loading { done: Bytes(0), total: Bytes(1) },
+                epoch: Epoch(0),
+            });
+            if had {
+                self.break_session("replaced");
+            }
+            self.after(load, Later::Loaded { node: node.clone(), incarnation });
+        }
+        self.observe(node);
+    }
+
+    fn statuses(fake: &FakeNode) -> Vec<EngineStatus> {
+        fake.engine.iter().map(|engine| EngineStatus { id: engine.spec.id.clone(), state: engine.state.clone() }).collect()
+    }
+
+    fn observe(&mut self, node: &NodeId) {
+        let Some(fake) = self.nodes.get(node).filter(|fake| fake.connected) else { return };
+        let event = Event::WorkerObserved { node: node.clone(), version: fake.version, engines: Self::statuses(fake) };
+        // In order: snapshots of one worker never overtake each other.
+        self.after(ms(1), Later::Tell(event));
+    }
+
+    fn break_session(&mut self, message: &str) {
+        if let Some(epoch) = self.opened.take() {
+            self.at_lead.clear();
+            let delay = self.soon();
+            let event = Event::SessionBroken { epoch, node: None, message: message.into() };
+            self.after(delay, Later::Tell(event));
+        }
+    }
+}
