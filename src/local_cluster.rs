@@ -8,19 +8,25 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     time::Duration,
 };
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 /// For the engine to come up; nobody else has to be found.
 const WORKER_WAIT: Duration = Duration::from_secs(30);
-/// Worker and coordinator both promise to end faster.
-const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+/// Of each part; both promise to end faster when nothing runs.
+const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 pub(crate) struct LocalCluster {
     url: String,
+    coordinator: Part,
+    worker: Part,
+}
+
+/// A task that ends when it is told to, or because it fails.
+struct Part {
     stop: CancellationToken,
-    /// Coordinator and worker; neither ends by itself unless it fails.
-    parts: JoinSet<anyhow::Result<()>>,
+    /// None once its end was seen.
+    task: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
 impl LocalCluster {
@@ -34,7 +40,6 @@ impl LocalCluster {
             cluster: cluster.as_str().into(),
             http,
             listen: Some(listen),
-            min_workers: 1,
             context_tokens,
             wait_for_workers: WORKER_WAIT,
             home: home.clone(),
@@ -51,12 +56,11 @@ impl LocalCluster {
             engine_command: None,
             quiet: true,
         };
-        let stop = CancellationToken::new();
-        let mut parts = JoinSet::new();
-        let (coordinator_stop, worker_stop) = (stop.clone(), stop.clone());
-        parts.spawn(async move { Ok(mlx_cluster_coordinator::run(coordinator, coordinator_stop).await?) });
-        parts.spawn(async move { Ok(supervisor::run(worker, worker_stop).await?) });
-        Ok(Self { url: format!("http://{http}"), stop, parts })
+        Ok(Self {
+            url: format!("http://{http}"),
+            coordinator: Part::start(|stop| async move { Ok(mlx_cluster_coordinator::run(coordinator, stop).await?) }),
+            worker: Part::start(|stop| async move { Ok(supervisor::run(worker, stop).await?) }),
+        })
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -65,26 +69,45 @@ impl LocalCluster {
 
     /// Resolves when a part ends although nobody asked it to, with the reason.
     pub(crate) async fn ended(&mut self) -> anyhow::Error {
-        match self.parts.join_next().await {
-            Some(Ok(Err(error))) => error,
-            Some(Err(panic)) => anyhow::Error::from(panic).context("a part of the cluster broke; please report this"),
-            Some(Ok(Ok(()))) | None => anyhow::anyhow!("the cluster ended by itself; please report this"),
-        }
+        let ended = tokio::select! {
+            ended = self.coordinator.ended() => ended,
+            ended = self.worker.ended() => ended,
+        };
+        ended.err().unwrap_or_else(|| anyhow::anyhow!("the cluster ended by itself; please report this"))
     }
 
-    /// Stops both; the first failure of either is returned.
-    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+    /// Stops the coordinator, then the worker; the first failure of either is returned.
+    pub(crate) async fn stop(self) -> anyhow::Result<()> {
+        let coordinator = self.coordinator.stop().await;
+        let worker = self.worker.stop().await;
+        coordinator.and(worker)
+    }
+}
+
+impl Part {
+    fn start<F, Fut>(run: F) -> Self
+    where
+        F: FnOnce(CancellationToken) -> Fut,
+        Fut: Future<Output = anyhow::Result<()>> + Send + 'static,
+    {
+        let stop = CancellationToken::new();
+        Self { task: Some(tokio::spawn(run(stop.clone()))), stop }
+    }
+
+    async fn ended(&mut self) -> anyhow::Result<()> {
+        let Some(task) = &mut self.task else { return std::future::pending().await };
+        let ended = task.await;
+        self.task = None;
+        ended.context("a part of the cluster broke; please report this")?
+    }
+
+    async fn stop(mut self) -> anyhow::Result<()> {
         self.stop.cancel();
-        let all = async {
-            let mut result = Ok(());
-            while let Some(ended) = self.parts.join_next().await {
-                result = result.and(ended.map_err(anyhow::Error::from).flatten());
-            }
-            result
-        };
-        timeout(STOP_TIMEOUT, all)
-            .await
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("the cluster did not stop within {} s", STOP_TIMEOUT.as_secs())))
+        if self.task.is_none() {
+            return Ok(());
+        }
+        let late = |_| Err(anyhow::anyhow!("the cluster did not stop within {} s", STOP_TIMEOUT.as_secs()));
+        timeout(STOP_TIMEOUT, self.ended()).await.unwrap_or_else(late)
     }
 }
 

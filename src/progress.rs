@@ -89,7 +89,8 @@ fn transfers(status: &Value) -> Vec<Transfer> {
             "loading" => "loading".to_owned(),
             _ => return None,
         };
-        let (done_bytes, total_bytes) = (engine["done_bytes"].as_u64()?, engine["total_bytes"].as_u64()?);
+        // Before the files are looked at, there is no total.
+        let (done_bytes, total_bytes) = (engine["done_bytes"].as_u64()?, engine["total_bytes"].as_u64().filter(|total| *total > 0)?);
         Some(Transfer { worker: worker["name"].as_str()?.to_owned(), what, done_bytes, total_bytes })
     };
     workers.filter_map(transfer).collect()
@@ -138,7 +139,7 @@ impl Shown {
                     eprintln!("{state}");
                 }
                 for transfer in current {
-                    let part = (transfer.done_bytes * LINES_PER_TRANSFER).checked_div(transfer.total_bytes).unwrap_or(0);
+                    let part = transfer.done_bytes * LINES_PER_TRANSFER / transfer.total_bytes;
                     let mark = (transfer.what.clone(), part);
                     if transfers.insert(transfer.worker.clone(), mark.clone()) != Some(mark) {
                         let Transfer { worker, what, done_bytes, total_bytes } = transfer;

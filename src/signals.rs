@@ -6,6 +6,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Whoever stops us waits this long before something harsher: an orderly end that takes longer is cut off.
 const ORDERLY_END_TIMEOUT: Duration = Duration::from_secs(9);
+/// An end that takes no longer is not worth a line.
+const QUICK_END: Duration = Duration::from_millis(200);
 /// 128 + SIGINT, as shells count.
 const EXIT_INTERRUPTED: i32 = 130;
 
@@ -25,6 +27,10 @@ where
         _ = terminate.recv() => {}
     }
     token.cancel();
+    tokio::select! {
+        done = &mut work => return done,
+        () = tokio::time::sleep(QUICK_END) => eprintln!("stopping: what runs is finished first; once more to stop at once"),
+    }
     let why = tokio::select! {
         done = &mut work => return done,
         _ = interrupt.recv() => "stopped at once by a second signal".to_owned(),

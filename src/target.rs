@@ -66,7 +66,9 @@ impl Target {
     }
 
     async fn become_ready(&mut self, args: &TargetArgs, stop: &CancellationToken) -> anyhow::Result<String> {
-        let ready = progress::until_ready(&self.client, Detail::All);
+        // Of a cluster of one, only what takes time is worth a line.
+        let detail = if self.local.is_some() { Detail::Transfers } else { Detail::All };
+        let ready = progress::until_ready(&self.client, detail);
         let status = match &mut self.local {
             None => tokio::select! {
                 status = ready => status?,

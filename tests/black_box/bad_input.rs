@@ -111,10 +111,10 @@ fn no_worker_within_the_wait() {
 #[test]
 fn ports_in_use() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
+    let (address, port) = (taken.local_addr().unwrap().to_string(), taken.local_addr().unwrap().port().to_string());
     let cluster = format!("test-{}", uuid::Uuid::new_v4().simple());
-    run(&["coordinator", "--cluster", &cluster, "--http", &address]).expect_refusal(4, &[&address]);
-    run(&["worker", "--cluster", &cluster, "--listen", &address]).expect_refusal(4, &[&address]);
+    run(&["coordinator", "--cluster", &cluster, "--http", &address]).expect_refusal(4, &[&port, "in use"]);
+    run(&["worker", "--cluster", &cluster, "--listen", &address]).expect_refusal(4, &[&port, "in use"]);
 }
 
 #[test]

@@ -30,8 +30,9 @@ fn a_repository_is_fetched_once_and_served_over_two_workers() {
 #[test]
 fn what_the_hub_refuses_is_said_in_a_sentence() {
     let hub = FakeHub::start().unwrap();
+    let config = std::fs::read(TinyModel::new().path().join("config.json")).unwrap();
     hub.add("tiny-models/gated", Access::Gated("secret"), [("config.json", b"{}".to_vec())]);
-    hub.add("tiny-models/pickled", Access::Public, [("config.json", b"{}".to_vec()), ("pytorch_model.bin", vec![0; 64])]);
+    hub.add("tiny-models/pickled", Access::Public, [("config.json", config), ("pytorch_model.bin", vec![0; 64])]);
     for (repo, status, words) in [
         ("tiny-models/nowhere", 3, ["nowhere", "HF_TOKEN"]),
         ("tiny-models/gated", 5, ["gated", "HF_TOKEN"]),

@@ -20,7 +20,8 @@ fn a_model_split_over_two_workers_answers() {
 
 #[test]
 fn what_is_streamed_is_what_is_answered_whole() {
-    let cluster = Cluster::serving(TinyModel::new().path(), 2);
+    let model = TinyModel::new();
+    let cluster = Cluster::serving(model.path(), 2);
     let whole = cluster.complete(40);
     let streamed: String = cluster.stream(40).filter_map(|event| event["choices"][0]["text"].as_str().map(str::to_owned)).collect();
     assert_eq!(whole.text(), streamed);
@@ -30,7 +31,8 @@ fn what_is_streamed_is_what_is_answered_whole() {
 
 #[test]
 fn a_client_that_goes_away_frees_its_place() {
-    let cluster = Cluster::serving(TinyModel::new().path(), 2);
+    let model = TinyModel::new();
+    let cluster = Cluster::serving(model.path(), 2);
     let mut stream = cluster.stream(8000);
     stream.next().unwrap();
     drop(stream);
@@ -45,7 +47,8 @@ fn a_client_that_goes_away_frees_its_place() {
 
 #[test]
 fn wrong_requests_are_refused_and_the_cluster_serves_on() {
-    let cluster = Cluster::serving(TinyModel::new().path(), 1);
+    let model = TinyModel::new();
+    let cluster = Cluster::serving(model.path(), 1);
     let prompt = json!([1, 2, 3]);
     let refused = [
         (json!({"prompt": ""}), 400, "prompt"),
@@ -74,7 +77,8 @@ fn wrong_requests_are_refused_and_the_cluster_serves_on() {
 
 #[test]
 fn metrics_count_tokens_under_the_names_that_vllm_gave_them() {
-    let cluster = Cluster::serving(TinyModel::new().path(), 1);
+    let model = TinyModel::new();
+    let cluster = Cluster::serving(model.path(), 1);
     cluster.complete(7);
     let metrics = cluster.get("/metrics").body;
     let metrics = metrics.as_str().unwrap();

@@ -9,7 +9,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
 fn the_first_ctrl_c_lets_running_requests_finish() {
-    let mut cluster = Cluster::serving(TinyModel::new().path(), 2);
+    let model = TinyModel::new();
+    let mut cluster = Cluster::serving(model.path(), 2);
     let whole = cluster.complete(200).text().to_owned();
     let mut stream = cluster.stream(200);
     let first = stream.next().unwrap();
@@ -24,7 +25,8 @@ fn the_first_ctrl_c_lets_running_requests_finish() {
 
 #[test]
 fn a_second_ctrl_c_ends_at_once() {
-    let mut cluster = Cluster::serving(TinyModel::new().path(), 1);
+    let model = TinyModel::new();
+    let mut cluster = Cluster::serving(model.path(), 1);
     let mut stream = cluster.stream(8000);
     stream.next().unwrap();
     cluster.process("coordinator").signal(Signal::INT);
@@ -36,7 +38,8 @@ fn a_second_ctrl_c_ends_at_once() {
 
 #[test]
 fn every_process_ends_in_time_when_it_is_told_to() {
-    let mut cluster = Cluster::serving(TinyModel::new().path(), 2);
+    let model = TinyModel::new();
+    let mut cluster = Cluster::serving(model.path(), 2);
     let mut stream = cluster.stream(8000);
     stream.next().unwrap();
     let engines = cluster.engines();
