@@ -1,21 +1,19 @@
 //! Sends what a stage makes to the next engine, and notices when that one is gone.
 
-use super::{Command, Outgoing};
+use super::{
+    Command, Outgoing,
+    inbound::{HEARTBEAT, SILENCE_MAX},
+};
 use mlx_cluster_common::{engine::Peer, ids::Epoch};
 use mlx_cluster_proto::{
     net,
     wire::{self, engine_client::EngineClient},
 };
-use std::time::Duration;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-/// Both sides of a stream say something at least this often.
-pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A peer that said nothing for this long is taken for lost.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(8);
 /// Messages that wait for the network.
 const IN_FLIGHT: usize = 8;
 
@@ -36,6 +34,8 @@ impl Downstream {
             EngineClient::new(channel).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
         let (steps, step_stream) = mpsc::channel(IN_FLIGHT);
         let (results, result_stream) = mpsc::channel(IN_FLIGHT);
+        // The peer learns from the first frame which epoch the stream belongs to. The channels are empty, so there is room.
+        drop((steps.try_send(alive_step(epoch)), results.try_send(alive_result(epoch))));
         let heartbeats = match to_stage {
             true => open(&peer, client.steps(ReceiverStream::new(step_stream))).await?,
             false => open(&peer, client.results(ReceiverStream::new(result_stream))).await?,
@@ -88,10 +88,8 @@ async fn send_all(
             Ok(Some(Outgoing::Result(result))) => results.send(result).await.is_ok(),
             Ok(None) => return None,
             Err(_) => {
-                let alive = wire::StepFrame { epoch: epoch.0, ..Default::default() };
-                let alive_result = wire::StepResult { epoch: epoch.0, ..Default::default() };
                 // Only one of the two streams is open; a full one is busy anyway.
-                drop((steps.try_send(alive), results.try_send(alive_result)));
+                drop((steps.try_send(alive_step(epoch)), results.try_send(alive_result(epoch))));
                 true
             }
         };
@@ -99,6 +97,15 @@ async fn send_all(
             return gone();
         }
     }
+}
+
+/// Frames without a number only say that this side is alive.
+fn alive_step(epoch: Epoch) -> wire::StepFrame {
+    wire::StepFrame { epoch: epoch.0, ..Default::default() }
+}
+
+fn alive_result(epoch: Epoch) -> wire::StepResult {
+    wire::StepResult { epoch: epoch.0, ..Default::default() }
 }
 
 async fn listen(heartbeats: &mut Streaming<wire::Heartbeat>) -> String {

@@ -43,6 +43,11 @@ impl Relay {
                         self.fail(format!("{}: {message}", self.node_name));
                     }
                 }
+                // Whoever sends it believes in an epoch that is over here, and has to hear of it.
+                Command::Step(frame) => {
+                    let message = format!("{} is in epoch {}, the step in {}", self.node_name, self.epoch, frame.epoch);
+                    self.faults.send_replace(Some((Epoch(frame.epoch), message)));
+                }
                 Command::Broken { epoch, message, .. } if epoch == self.epoch => self.fail(message),
                 _ => {}
             }

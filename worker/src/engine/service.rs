@@ -2,7 +2,8 @@
 
 use super::{
     CHANNEL, Command,
-    downstream::{Downstream, HEARTBEAT, SILENCE_MAX},
+    downstream::Downstream,
+    inbound::{Frame, HEARTBEAT, Inbound, SILENCE_MAX},
     lead::Pulse,
     relay::Fault,
 };
@@ -83,28 +84,11 @@ impl Service {
         self.epoch_tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// Heartbeats until the epoch ends or this stage fails; then its reason.
-    fn heartbeats(&self) -> Outbound<wire::Heartbeat> {
+    /// Takes the frames of a neighbour, and answers with heartbeats as long as its epoch lives here.
+    fn take<F: Frame>(&self, frames: Streaming<F>) -> Outbound<wire::Heartbeat> {
         let (sender, receiver) = mpsc::channel(2);
-        let (mut faults, cancelled) = (self.faults.clone(), self.current_epoch_token());
-        faults.mark_unchanged();
-        self.tasks.spawn(async move {
-            let mut ticks = interval(HEARTBEAT);
-            loop {
-                let message = tokio::select! {
-                    _ = ticks.tick() => Ok(wire::Heartbeat::default()),
-                    () = cancelled.cancelled() => Err(Status::cancelled("linked anew")),
-                    changed = faults.changed() => Err(match changed {
-                        Ok(()) => Status::aborted(faults.borrow().as_ref().map_or_else(String::new, |(_, message)| message.clone())),
-                        Err(_) => Status::unavailable("the engine is stopping"),
-                    }),
-                };
-                let is_end = message.is_err();
-                if sender.send(message).await.is_err() || is_end {
-                    return;
-                }
-            }
-        });
+        let inbound = Inbound { frames, commands: self.commands.clone(), epoch: self.epoch.subscribe(), faults: self.faults.clone() };
+        self.tasks.spawn(inbound.run(sender));
         Box::pin(ReceiverStream::new(receiver))
     }
 
@@ -144,48 +128,12 @@ impl Engine for Service {
 
     async fn steps(&self, request: Request<Streaming<wire::StepFrame>>) -> Result<Response<Self::StepsStream>, Status> {
         self.check_neighbour(!self.is_lead, "steps")?;
-        let (mut frames, commands) = (request.into_inner(), self.commands.clone());
-        self.tasks.spawn(async move {
-            let mut epoch = Epoch(0);
-            let message = loop {
-                match timeout(SILENCE_MAX, frames.next()).await {
-                    Ok(Some(Ok(frame))) => {
-                        epoch = Epoch(frame.epoch);
-                        if frame.number > 0 && commands.send(Command::Step(Box::new(frame))).await.is_err() {
-                            return;
-                        }
-                    }
-                    Ok(Some(Err(status))) => break format!("lost the stage before: {}", status.message()),
-                    Ok(None) => break "the stage before closed its stream".to_owned(),
-                    Err(_) => break format!("the stage before was silent for {} s", SILENCE_MAX.as_secs()),
-                }
-            };
-            drop(commands.send(Command::Broken { epoch, node: String::new(), message }).await);
-        });
-        Ok(Response::new(self.heartbeats()))
+        Ok(Response::new(self.take(request.into_inner())))
     }
 
     async fn results(&self, request: Request<Streaming<wire::StepResult>>) -> Result<Response<Self::ResultsStream>, Status> {
         self.check_neighbour(self.is_lead, "results")?;
-        let (mut results, commands) = (request.into_inner(), self.commands.clone());
-        self.tasks.spawn(async move {
-            let mut epoch = Epoch(0);
-            let message = loop {
-                match timeout(SILENCE_MAX, results.next()).await {
-                    Ok(Some(Ok(result))) => {
-                        epoch = Epoch(result.epoch);
-                        if result.number > 0 && commands.send(Command::Result(result)).await.is_err() {
-                            return;
-                        }
-                    }
-                    Ok(Some(Err(status))) => break format!("lost the last stage: {}", status.message()),
-                    Ok(None) => break "the last stage closed its stream".to_owned(),
-                    Err(_) => break format!("the last stage was silent for {} s", SILENCE_MAX.as_secs()),
-                }
-            };
-            drop(commands.send(Command::Broken { epoch, node: "the last stage".into(), message }).await);
-        });
-        Ok(Response::new(self.heartbeats()))
+        Ok(Response::new(self.take(request.into_inner())))
     }
 
     async fn session(&self, request: Request<Streaming<wire::SessionCommand>>) -> Result<Response<Self::SessionStream>, Status> {
