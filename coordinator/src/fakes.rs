@@ -78,7 +78,10 @@ impl FakeEngine {
             };
             let Some(Ok(wire::SessionCommand { command: Some(command) })) = command else { return };
             match command {
-                Command::Open(epoch) => self.told.lock().expect("not poisoned").sessions.push(epoch),
+                Command::Open(epoch) => {
+                    self.told.lock().expect("not poisoned").sessions.push(epoch);
+                    say(&outbound, Delivery::Load(wire::EngineLoad::default())).await;
+                }
                 Command::Cancel(sequence) => self.told.lock().expect("not poisoned").cancelled.push(sequence),
                 Command::KeepAlive(_) => say(&outbound, Delivery::Load(wire::EngineLoad { running: 1, ..Default::default() })).await,
                 Command::Submit(wire::Submission { sequence, prompt, .. }) => {

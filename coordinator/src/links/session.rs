@@ -81,8 +81,12 @@ impl SessionCall {
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let opened = timeout(LINK_TIMEOUT, self.open(&outgoing, messages)).await;
         let late = || broken(format!("it did not open a session within {} s", LINK_TIMEOUT.as_secs()));
-        let deliveries = opened.map_err(|_| late())??;
+        let mut deliveries = opened.map_err(|_| late())??;
+        // The lead speaks first; before it does, the epoch may turn out to be broken already.
+        let first = timeout(LINK_TIMEOUT, deliveries.message()).await.map_err(|_| late())?;
+        let first = self.event(first)?;
         tell(notes, Event::SessionOpened { epoch: self.epoch }).await?;
+        tell(notes, first).await?;
         self.converse(commands, outgoing, deliveries, notes).await
     }
 

@@ -30,6 +30,8 @@ const COMFORTABLE: f64 = 0.9;
 /// With every node filled less than this, speed decides about the split instead of memory.
 const PLENTIFUL: f64 = 0.8;
 const CONTEXT_STEP: u32 = 256;
+/// What a layer takes at decode besides reading its weights: starting kernels. It matters for small models only.
+const LAYER_SECONDS: f64 = 100e-6;
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -53,7 +55,7 @@ enum Balance {
 struct Planner<'a> {
     costs: Costs,
     /// Most capable first.
-    nodes: Vec<&'a NodeFacts>,
+    nodes: Vec<Candidate<'a>>,
     n_layers: u32,
     min_stages: usize,
     strategy: Strategy,
@@ -124,28 +126,31 @@ fn context_range(spec: &ModelSpec, options: &PlanOptions) -> Result<Range<u32>, 
     }
 }
 
-/// Most memory first, then most bandwidth, then by name and id.
-fn by_capability(nodes: &[NodeFacts]) -> Vec<&NodeFacts> {
-    let mut nodes: Vec<_> = nodes.iter().collect();
-    nodes.sort_by(|a, b| {
-        let capability = b.usable_memory.cmp(&a.usable_memory).then(b.memory_bandwidth.total_cmp(&a.memory_bandwidth));
-        capability.then_with(|| a.name.cmp(&b.name)).then_with(|| a.id.cmp(&b.id))
-    });
-    nodes
+/// A node and its memory bandwidth, None where nobody measured.
+struct Candidate<'a> {
+    node: &'a NodeFacts,
+    bandwidth: Option<f64>,
 }
 
-/// Measured bandwidths, averaged over machines of one kind so that noise does not split equals unequally. None unless all are known.
-fn bandwidths(nodes: &[&NodeFacts]) -> Option<Vec<f64>> {
-    let mut kinds: BTreeMap<_, Vec<f64>> = BTreeMap::new();
+/// Most memory first, then most bandwidth, then by name and id.
+fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
+    let mut candidates: Vec<_> = nodes.iter().map(|node| Candidate { node, bandwidth: bandwidth(node, nodes) }).collect();
+    candidates.sort_by(|a, b| {
+        let memory = b.node.usable_memory.cmp(&a.node.usable_memory);
+        let speed = || b.bandwidth.unwrap_or(0.0).total_cmp(&a.bandwidth.unwrap_or(0.0));
+        memory.then_with(speed).then_with(|| a.node.name.cmp(&b.node.name)).then_with(|| a.node.id.cmp(&b.node.id))
+    });
+    candidates
+}
+
+/// The mean over machines of this kind, so that noise in the measurement does not tell equals apart.
+fn bandwidth(node: &NodeFacts, nodes: &[NodeFacts]) -> Option<f64> {
     let kind = |node: &NodeFacts| (node.os.clone(), node.chip.clone(), node.total_memory);
-    for node in nodes {
-        if !(node.memory_bandwidth.is_finite() && node.memory_bandwidth > 0.0) {
-            return None;
-        }
-        kinds.entry(kind(node)).or_default().push(node.memory_bandwidth);
-    }
-    let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
-    Some(nodes.iter().map(|node| kinds.get(&kind(node)).map_or(1.0, |all| mean(all))).collect())
+    let mut measured: Vec<f64> = nodes.iter().filter(|other| kind(other) == kind(node)).map(|other| other.memory_bandwidth).collect();
+    // The order of the nodes must not show in the last digit of the sum.
+    measured.sort_by(f64::total_cmp);
+    let all_known = measured.iter().all(|bandwidth| bandwidth.is_finite() && *bandwidth > 0.0);
+    all_known.then(|| measured.iter().sum::<f64>() / measured.len() as f64)
 }
 
 impl Planner<'_> {
@@ -196,14 +201,15 @@ impl Planner<'_> {
         let nodes = self.nodes.get(..n)?;
         let cache_tokens = u64::from(context_tokens);
         let filled = |stage: usize, layers: &Range<u32>| {
-            let usable = nodes.get(stage).map_or(0, |node| node.usable_memory.0);
+            let usable = nodes.get(stage).map_or(0, |candidate| candidate.node.usable_memory.0);
             let needed = self.costs.needed(layers, cache_tokens);
             (needed <= usable).then(|| needed as f64 / usable.max(1) as f64)
         };
-        if let Some(bandwidths) = bandwidths(nodes) {
+        if nodes.iter().all(|candidate| candidate.bandwidth.is_some()) {
             let time = |stage: usize, layers: Range<u32>| {
                 filled(stage, &layers).filter(|filled| *filled <= share.min(PLENTIFUL))?;
-                Some(self.costs.read(&layers) as f64 / bandwidths.get(stage).copied().unwrap_or(1.0))
+                let reading = self.costs.read(&layers) as f64 / nodes.get(stage)?.bandwidth?;
+                Some(reading + layers.len() as f64 * LAYER_SECONDS)
             };
             if let Some(layers) = split::best(self.n_layers, n, time) {
                 return Some(Fit { context_tokens, layers, balance: Balance::Bandwidth });
@@ -234,9 +240,9 @@ impl Planner<'_> {
 
     /// Tokens that the caches of every stage can hold; 0 when a stage does not even hold its weights.
     fn most_cache_tokens(&self, layers: &[Range<u32>]) -> u64 {
-        let tokens = layers.iter().zip(&self.nodes).map(|(layers, node)| {
+        let tokens = layers.iter().zip(&self.nodes).map(|(layers, candidate)| {
             let per_token = self.costs.cache_per_token(layers);
-            match node.usable_memory.0.checked_sub(self.costs.needed(layers, 0)) {
+            match candidate.node.usable_memory.0.checked_sub(self.costs.needed(layers, 0)) {
                 None => 0,
                 Some(_) if per_token == 0 => u64::MAX,
                 Some(free) => free / per_token,
@@ -248,7 +254,7 @@ impl Planner<'_> {
     fn plan(&self, fit: &Fit, options: &PlanOptions) -> Plan {
         let context = u64::from(fit.context_tokens);
         let cache_tokens = self.most_cache_tokens(&fit.layers).min(context * WISHED_CONTEXTS).max(context);
-        let stage = |(layers, node): (&Range<u32>, &&NodeFacts)| Stage {
+        let stage = |(layers, Candidate { node, .. }): (&Range<u32>, &Candidate<'_>)| Stage {
             node: node.id.clone(),
             node_name: node.name.clone(),
             layers: layers.clone(),
@@ -274,8 +280,8 @@ impl Planner<'_> {
             Balance::Memory => "layers in proportion to usable memory",
         };
         let whole = Bytes(self.costs.needed(&(0..self.n_layers), u64::from(self.context.end)));
-        let first = self.nodes.first().map_or("", |node| node.name.as_str());
-        let usable = self.nodes.first().map_or(Bytes(0), |node| node.usable_memory);
+        let first = self.nodes.first().map_or("", |candidate| candidate.node.name.as_str());
+        let usable = self.nodes.first().map_or(Bytes(0), |candidate| candidate.node.usable_memory);
         let mut why = match (&options.split, self.strategy, n) {
             (Some(_), ..) => "layers split as told".to_owned(),
             (None, Strategy::Auto, 1) => format!("{first} holds the whole model: {whole} of {usable} usable with one full context"),
@@ -289,7 +295,7 @@ impl Planner<'_> {
         if fit.context_tokens < self.context.end {
             why += &format!("; context lowered from {} to {} tokens to fit", self.context.end, fit.context_tokens);
         }
-        let spare: Vec<_> = self.nodes.iter().skip(n).map(|node| node.name.as_str()).collect();
+        let spare: Vec<_> = self.nodes.iter().skip(n).map(|candidate| candidate.node.name.as_str()).collect();
         if !spare.is_empty() {
             why += &format!("; not used: {}", spare.join(", "));
         }
@@ -299,7 +305,7 @@ impl Planner<'_> {
     fn does_not_fit(&self) -> WhyNot {
         let all = 0..self.n_layers;
         let context_tokens = self.context.start;
-        let nodes = self.nodes.iter().map(|node| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
+        let nodes = self.nodes.iter().map(|Candidate { node, .. }| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
         WhyNot::DoesNotFit {
             model_bytes: Bytes(self.costs.weights(&all)),
             cache_bytes: Bytes(self.costs.cache_per_token(&all).saturating_mul(u64::from(context_tokens))),
@@ -312,9 +318,9 @@ impl Planner<'_> {
     fn split_does_not_fit(&self, layers: &[Range<u32>]) -> WhyNot {
         let context_tokens = self.context.start;
         let needed = |layers: &Range<u32>| self.costs.needed(layers, u64::from(context_tokens));
-        let over = layers.iter().zip(&self.nodes).find(|(layers, node)| needed(layers) > node.usable_memory.0);
+        let over = layers.iter().zip(&self.nodes).find(|(layers, candidate)| needed(layers) > candidate.node.usable_memory.0);
         match over {
-            Some((layers, node)) => WhyNot::ShareDoesNotFit {
+            Some((layers, Candidate { node, .. })) => WhyNot::ShareDoesNotFit {
                 name: node.name.clone(),
                 layers: layers.end - layers.start,
                 needed: Bytes(needed(layers)),

@@ -92,7 +92,7 @@ fn a_pipeline_uses_all_nodes_but_no_more_than_layers() {
 #[test]
 fn speed_decides_when_memory_is_plentiful_and_memory_when_not() {
     let (spec, map) = model(12, 1024, true);
-    let nodes = |fast: u64, slow: u64| [node("fast", fast, 300e9), node("slow", slow, 100e9)];
+    let nodes = |fast: u64, slow: u64| [node("fast", fast, 30e9), node("slow", slow, 10e9)];
     let by_speed = plan(&spec, &map, &nodes(64 * GB, 63 * GB), &options(Strategy::Pipeline)).expect("fits");
     assert_eq!(ranges(&by_speed)[0], 0..9, "{}", by_speed.why);
     assert!(by_speed.why.contains("bandwidth"));
