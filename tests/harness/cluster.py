@@ -37,10 +37,10 @@ class Processes:
         self.folder = Path(tempfile.mkdtemp(prefix="mlx-cluster-test-"))
         self.running: dict[str, subprocess.Popen] = {}
 
-    def start(self, name: str, *args: str) -> subprocess.Popen:
+    def start(self, name: str, *args: str, prefix: list[str] = []) -> subprocess.Popen:
         env = dict(os.environ, MLX_CLUSTER_HOME=str(self.home), OPENBLAS_NUM_THREADS="1", RUST_BACKTRACE="1")
         with open(self.folder / f"{name}.log", "ab") as log:
-            process = subprocess.Popen([binary(), *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+            process = subprocess.Popen([*prefix, binary(), *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         self.running[name] = process
         return process
 

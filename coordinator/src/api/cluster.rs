@@ -34,6 +34,7 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
             "waiting": load.waiting,
             "cache_tokens_used": load.cache_tokens_used,
             "cache_tokens_max": load.cache_tokens_max,
+            "hop_ns": load.hop_ns,
             "tokens_per_second": api.metrics.tokens_per_second(),
         },
         "join_addresses": join_addresses,
