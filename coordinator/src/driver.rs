@@ -317,7 +317,7 @@ impl Driver {
         }
         let report = match &state {
             InstanceState::Ready | InstanceState::Idle => Some(Report::Ready { url: self.parts.url.clone() }),
-            InstanceState::WaitingForWorkers { .. } => None,
+            InstanceState::WaitingForWorkers { .. } | InstanceState::Draining => None,
             other => Some(Report::State(other.clone())),
         };
         self.shown.state = state;

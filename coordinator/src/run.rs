@@ -141,7 +141,7 @@ async fn serve(
         placement::check_split(model.facts.spec.n_layers(), options.split.as_deref())?;
     }
     let id = uuid::Uuid::new_v4().simple().to_string();
-    let name = options.name.clone().unwrap_or_else(|| "coordinator".into());
+    let name = options.name.clone().unwrap_or_else(host_name);
     let started_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let rank = Rank { started_ms, id: NodeId(id.clone()) };
     let hello = Hello::new(&options.cluster.0, &rank.id, &name);
@@ -240,6 +240,16 @@ async fn bind_grpc(listen: Option<SocketAddr>) -> Result<TcpListener, Coordinato
     match bind(DEFAULT_LISTEN, "--listen").await {
         Err(CoordinatorError::PortInUse { .. }) => bind(SocketAddr::new(DEFAULT_LISTEN.ip(), 0), "--listen").await,
         bound => bound,
+    }
+}
+
+/// Short, as people call the machine.
+fn host_name() -> String {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_string_lossy();
+    match name.split('.').next() {
+        Some(short) if !short.is_empty() => short.to_owned(),
+        _ => "coordinator".into(),
     }
 }
 

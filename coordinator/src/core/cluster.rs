@@ -193,9 +193,9 @@ impl Cluster {
     }
 
     fn session_broken(&mut self, epoch: Epoch, node: Option<String>, message: String, now: Now, effects: &mut Vec<Effect>) {
-        let lead = || self.deployment.as_ref().map(Deployment::lead_name).unwrap_or_default();
-        let worker = node.filter(|node| !node.is_empty()).map_or_else(lead, |node| self.members.name_of(&node));
-        let blame = Blame { worker, message };
+        let Some(deployment) = &self.deployment else { return };
+        let named = node.as_deref().and_then(|node| deployment.named(node));
+        let blame = Blame { worker: named.unwrap_or_else(|| deployment.lead_name()), message };
         match self.phase {
             Phase::Opening { epoch: current, .. } if current == epoch => self.link_failed(blame, now, effects),
             Phase::Ready { epoch: current } if current == epoch => {

@@ -74,6 +74,13 @@ impl Deployment {
         self.stage_name(0)
     }
 
+    /// Whom an engine means, that knows its neighbours by id, by name or by their place in the chain.
+    pub(super) fn named(&self, node: &str) -> Option<String> {
+        let place = if node == "the last stage" { self.plan.stages.last() } else { None };
+        let known = self.plan.stages.iter().find(|stage| stage.node.0 == node || stage.node_name == node);
+        place.or(known).map(|stage| stage.node_name.clone())
+    }
+
     pub(super) fn stage_name(&self, stage: u32) -> String {
         self.plan.stages.get(stage as usize).map(|stage| stage.node_name.clone()).unwrap_or_default()
     }
@@ -83,10 +90,10 @@ impl Deployment {
         members.get(node)?.engines.get(&self.engines.get(stage as usize)?.id)
     }
 
-    /// Port and process of a stage's engine, when it serves.
+    /// Port and process of a stage's engine, when it serves and its worker is there to say so.
     fn serving(&self, members: &Members, stage: u32) -> Option<(u32, u64)> {
         match self.state(members, stage)? {
-            EngineState::Ready { port, incarnation, .. } => Some((*port, *incarnation)),
+            EngineState::Ready { port, incarnation, .. } if self.node_connected(members, stage) => Some((*port, *incarnation)),
             _ => None,
         }
     }

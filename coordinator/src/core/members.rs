@@ -138,11 +138,6 @@ impl Members {
         self.iter().all(Member::has_stopped)
     }
 
-    /// The name of a node given by id or by name; the text itself when it is neither.
-    pub(super) fn name_of(&self, node: &str) -> String {
-        self.all.get(&NodeId(node.to_owned())).map_or_else(|| node.to_owned(), |member| member.facts.name.clone())
-    }
-
     /// When the next worker that is gone counts as lost.
     pub(super) fn next_loss(&self, now: Now) -> Option<Now> {
         let losses = self.iter().filter_map(|member| match &member.presence {

@@ -6,6 +6,7 @@ use super::{
     printable,
     rivals::{self, Rank, Rival},
 };
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use mdns_sd::{Receiver, ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
 use mlx_cluster_common::{MDNS_SERVICE, PROTOCOL_VERSION, VERSION, ids::NodeId};
 use mlx_cluster_proto::wire::Hello;
@@ -18,6 +19,8 @@ use tokio::sync::mpsc;
 
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
 const ID_CHARS_MAX: usize = 64;
+/// Coordinators that are asked at the same time whether they live.
+const ASKED_MAX: usize = 8;
 
 /// What discovery found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,25 +101,48 @@ fn announce(daemon: &ServiceDaemon, announcement: &Announcement) -> Result<Strin
 /// Reports what belongs to our cluster until the responder stops or nobody listens any more.
 pub async fn watch(services: Receiver<ServiceEvent>, hello: Hello, found: mpsc::Sender<Found>) {
     let mut listing = Listing::default();
-    while let Ok(event) = services.recv_async().await {
-        let heard = match event {
-            ServiceEvent::ServiceResolved(service) => {
-                let own = own_addresses();
-                listing.resolved(&Record::read(&service, &own), &hello)
+    // Asking takes seconds where nobody answers; workers must not wait for that.
+    let mut asking = FuturesUnordered::new();
+    loop {
+        let next = tokio::select! {
+            event = services.recv_async() => Next::Heard(event.ok()),
+            Some(rival) = asking.next(), if !asking.is_empty() => Next::Asked(rival),
+        };
+        let heard = match next {
+            Next::Heard(None) => return,
+            Next::Heard(Some(ServiceEvent::ServiceResolved(service))) => {
+                listing.resolved(&Record::read(&service, &own_addresses()), &hello)
             }
-            ServiceEvent::ServiceRemoved(_, fullname) => listing.removed(&fullname),
-            _ => None,
+            Next::Heard(Some(ServiceEvent::ServiceRemoved(_, fullname))) => listing.removed(&fullname),
+            Next::Heard(Some(_)) => None,
+            Next::Asked(rival) => {
+                if let Some(rival) = rival
+                    && found.send(Found::Coordinator(rival)).await.is_err()
+                {
+                    return;
+                }
+                None
+            }
         };
-        let heard = match heard {
-            Some(Found::Coordinator(rival)) if !rivals::lives(&rival, &hello).await => None,
-            heard => heard,
-        };
-        if let Some(heard) = heard
-            && found.send(heard).await.is_err()
-        {
-            return;
+        match heard {
+            Some(Found::Coordinator(rival)) if asking.len() < ASKED_MAX => asking.push(confirmed(rival, hello.clone())),
+            Some(Found::Coordinator(_)) | None => {}
+            Some(heard) => {
+                if found.send(heard).await.is_err() {
+                    return;
+                }
+            }
         }
     }
+}
+
+enum Next {
+    Heard(Option<ServiceEvent>),
+    Asked(Option<Rival>),
+}
+
+async fn confirmed(rival: Rival, hello: Hello) -> Option<Rival> {
+    rivals::lives(&rival, &hello).await.then_some(rival)
 }
 
 /// A record, read but not believed.

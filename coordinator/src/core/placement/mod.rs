@@ -132,11 +132,16 @@ struct Candidate<'a> {
     bandwidth: Option<f64>,
 }
 
+/// Memory counts in steps of 2^(1/4), so that machines of one size stay in the order of their names whatever else runs on them.
+fn memory_step(node: &NodeFacts) -> i64 {
+    ((node.usable_memory.0.max(1) as f64).log2() * 4.0) as i64
+}
+
 /// Most memory first, then most bandwidth, then by name and id.
 fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
     let mut candidates: Vec<_> = nodes.iter().map(|node| Candidate { node, bandwidth: bandwidth(node, nodes) }).collect();
     candidates.sort_by(|a, b| {
-        let memory = b.node.usable_memory.cmp(&a.node.usable_memory);
+        let memory = memory_step(b.node).cmp(&memory_step(a.node));
         let speed = || b.bandwidth.unwrap_or(0.0).total_cmp(&a.bandwidth.unwrap_or(0.0));
         memory.then_with(speed).then_with(|| a.node.name.cmp(&b.node.name)).then_with(|| a.node.id.cmp(&b.node.id))
     });
