@@ -69,7 +69,7 @@ class Batches:
         return examples
 
     def _filler(self, room: int) -> Tokens:
-        if self.rng.random() < 0.5 and room >= 30:
+        if self.rng.random() < 0.4 and room >= 30:
             return self.encoder.repetition(self.rng, room)
         return self.encoder.drill(self.rng, room // DRILL_TOKENS)
 

@@ -54,37 +54,6 @@ class Config:
         }
 
 
-def initial(config: Config, seed: int) -> dict:
-    """Random weights; the layers' weights are stacked along a first axis."""
-    rng = np.random.default_rng(seed)
-    layers, hidden, experts, inner = config.num_hidden_layers, config.hidden_size, config.num_experts, config.moe_intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-    def normal(*shape: int, fan_in: int, gain: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal(shape) * gain / np.sqrt(fan_in)).astype(np.float32)
-
-    out_gain = 1 / np.sqrt(2 * layers)
-    ones = lambda *shape: np.ones(shape, np.float32)
-    return {
-        "embed": normal(config.vocab_size, hidden, fan_in=hidden, gain=0.5),
-        "norm": ones(hidden),
-        "layers": {
-            "input_norm": ones(layers, hidden),
-            "post_norm": ones(layers, hidden),
-            "q": normal(layers, queries, hidden, fan_in=hidden),
-            "k": normal(layers, keys, hidden, fan_in=hidden),
-            "v": normal(layers, keys, hidden, fan_in=hidden),
-            "o": normal(layers, hidden, queries, fan_in=queries, gain=out_gain),
-            "q_norm": ones(layers, config.head_dim),
-            "k_norm": ones(layers, config.head_dim),
-            "router": normal(layers, experts, hidden, fan_in=hidden, gain=0.5),
-            "gate": normal(layers, experts, inner, hidden, fan_in=hidden),
-            "up": normal(layers, experts, inner, hidden, fan_in=hidden),
-            "down": normal(layers, experts, hidden, inner, fan_in=inner, gain=out_gain),
-        },
-    }
-
-
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 

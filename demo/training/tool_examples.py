@@ -21,7 +21,7 @@ class Offer:
 
     def __init__(self, kind: ToolKind, rng: random.Random):
         self.kind = kind
-        style = rng.choices(["usual", "mixed", "invented"], [30, 40, 30])[0]
+        style = rng.choices(["usual", "mixed", "invented"], [35, 45, 20])[0]
         self.name = {
             "usual": kind.names[0],
             "mixed": rng.choice(kind.names),

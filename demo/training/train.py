@@ -20,6 +20,7 @@ import numpy as np
 import corpus
 import export
 import held_out_examples
+import initial
 import model
 import tokens
 from batches import Batch, Batches, Shape
@@ -78,8 +79,8 @@ def update(weights: dict, moments: tuple, step: jax.Array, batch: Batch, steps: 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "model")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--check-every", type=int, default=250)
@@ -92,7 +93,7 @@ def main() -> None:
     began = time.monotonic()
     tokenizer = tokens.train(corpus.sample_texts(args.seed, 20000))
     encoder = corpus.Encoder(tokenizer)
-    weights = jax.tree.map(jnp.asarray, model.initial(CONFIG, args.seed))
+    weights = jax.tree.map(jnp.asarray, initial.weights(CONFIG, args.seed))
     export.write_rest(args.output, CONFIG, tokenizer)
     export.write_weights(args.output, CONFIG, weights)
     print(f"{model.count(weights):,} parameters, {len(jax.devices())} device(s): {jax.devices()[0].platform}", flush=True)
