@@ -1,6 +1,6 @@
 //! What the cluster should do: discovery, membership, placement, admission, the HTTP API and its text.
 //!
-//! [`core`] decides and is pure; [`driver`] asks it and carries out what it says; [`discovery`], [`links`] and [`grpc`] are the
+//! [`core`] decides and is pure; `driver` asks it and carries out what it says; [`discovery`], `links` and `grpc` are the
 //! network; [`api`] and [`chat`] face the client, and meet the rest in [`serving`] only.
 
 pub mod api;

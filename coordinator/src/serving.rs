@@ -32,13 +32,20 @@ pub struct ServedModel {
 pub enum InstanceState {
     /// Started without a model.
     Idle,
-    WaitingForWorkers { found: usize, wanted: usize },
+    WaitingForWorkers {
+        found: usize,
+        wanted: usize,
+    },
     Loading,
     Ready,
     /// An engine or a worker is gone; it comes back by itself.
-    Recovering { cause: String },
+    Recovering {
+        cause: String,
+    },
     /// Nothing will change without the user: it does not fit, a file is broken.
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
     Draining,
 }
 

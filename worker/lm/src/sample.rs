@@ -55,6 +55,9 @@ pub struct Sampled {
     probabilities: Option<Probabilities>,
 }
 
+/// The most likely tokens of a row with their log-probabilities, best first.
+type Alternatives = Vec<(u32, f32)>;
+
 /// Log-probabilities of chosen tokens and of the best ones, still lazy.
 #[derive(Debug)]
 pub struct Probabilities {
@@ -334,7 +337,7 @@ impl Probabilities {
     }
 
     /// Evaluates, and gives each row's log-probability with its alternatives.
-    fn read(&self) -> Result<Vec<(f32, Vec<(u32, f32)>)>, LmError> {
+    fn read(&self) -> Result<Vec<(f32, Alternatives)>, LmError> {
         let chosen = to_vec::<f32>(&self.chosen)?;
         let Some((ids, values)) = &self.top else {
             return Ok(chosen.into_iter().map(|logprob| (logprob, Vec::new())).collect());

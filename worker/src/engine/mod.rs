@@ -1,7 +1,7 @@
 //! The engine process: one shard of one model, fed with steps by its neighbours.
 //!
-//! `run` reads what it shall be from stdin, loads, and serves. One thread owns every MLX array ([`lead`] on the first stage, [`relay`]
-//! on the others); tasks around it move messages ([`service`] and [`inbound`] take them, [`downstream`] sends them). The process ends when stdin
+//! `run` reads what it shall be from stdin, loads, and serves. One thread owns every MLX array (`lead` on the first stage, `relay`
+//! on the others); tasks around it move messages (`service` and `inbound` take them, `downstream` sends them). The process ends when stdin
 //! closes, which is when its worker ends, however that came about.
 
 pub mod boot;

@@ -210,7 +210,7 @@ fn deep_and_long_sources_are_refused() {
 #[test]
 fn the_deepest_allowed_sources_do_not_overflow_the_stack() {
     assert_eq!(render(&format!("{{{{ 1{} }}}}", "+1".repeat(8000))).unwrap(), "8001");
-    assert_eq!(render(&format!("{{{{ messages{} }}}}", ".a".repeat(1))).unwrap(), "");
+    assert_eq!(render("{{ messages.a }}").unwrap(), "");
     let _ = render(&format!("{{{{ messages{} }}}}", ".a".repeat(8000)));
     let _ = render(&format!("{{{{ {}1 }}}}", "not ".repeat(4000)));
     let _ = render(&format!("{{{{ {}1 }}}}", "-".repeat(8000)));
