@@ -86,24 +86,28 @@ impl Shard {
         self.pieces = None;
     }
 
-    /// Runs a prefill and a decode step of one made-up sequence, so that kernels are compiled and weights are touched before the
-    /// first request. An error most likely means that decode steps cannot be compiled here.
+    /// Runs a prefill step and decode steps of one and of two made-up sequences, so that kernels are compiled and weights are touched
+    /// before the first request. An error most likely means that decode steps cannot be compiled here.
     pub fn warm_up(&mut self) -> Result<(), LmError> {
-        let sequence = SequenceId(u64::MAX);
-        let params = SamplingParams::default();
-        let output = Output { sample: Some(0), prompt_logprobs: false };
-        for (start, length) in [(0, 2), (2, 1)] {
-            let admission = Admission { sequence, params: params.clone(), tokens_max: 4 };
-            let step = Step {
-                epoch: Epoch(0),
-                number: 0,
-                admissions: if start == 0 { vec![admission] } else { Vec::new() },
-                releases: Vec::new(),
-                segments: vec![Segment { sequence, start, tokens: vec![Token::Id(0); length], output }],
-            };
+        let sequences = [SequenceId(u64::MAX), SequenceId(u64::MAX - 1)];
+        let segment = |sequence, start, length: u32| Segment {
+            sequence,
+            start,
+            tokens: vec![Token::Id(0); length as usize],
+            output: Output { sample: Some(0), prompt_logprobs: false },
+        };
+        let steps = [
+            vec![segment(sequences[0], 0, 2)],
+            vec![segment(sequences[0], 2, 1)],
+            vec![segment(sequences[0], 3, 1), segment(sequences[1], 0, 1)],
+        ];
+        let admission = |sequence| Admission { sequence, params: SamplingParams::default(), tokens_max: 4 };
+        for (number, segments) in steps.into_iter().enumerate() {
+            let admissions = if number == 0 { sequences.map(admission).to_vec() } else { Vec::new() };
+            let step = Step { epoch: Epoch(0), number: number as u64, admissions, releases: Vec::new(), segments };
             let hidden = match self.ends.embedding {
                 Some(_) => None,
-                None => Some(ops::zeros_dtype(&[length as i32, self.hidden_size], mlx_rs::Dtype::Float32)?),
+                None => Some(ops::zeros_dtype(&[step.tokens() as i32, self.hidden_size], mlx_rs::Dtype::Float32)?),
             };
             match self.apply(&step, hidden)? {
                 StepOutput::Hidden(hidden) => hidden.eval()?,

@@ -8,10 +8,15 @@ use mlx_cluster_common::{
     weights::{WeightIndex, WeightMap},
 };
 use mlx_cluster_lm::{shard::Shard, weights::Weights};
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    time::{Duration, Instant},
+};
 
 /// Progress is reported this often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// Longest wait for other engines of this machine that warm up.
+const WARM_UP_WAIT: Duration = Duration::from_secs(60);
 
 /// Reads, checks and builds. `progress` is told bytes done and bytes in all. An error is a sentence; trying again would not help.
 pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(Shard, ModelSpec), String> {
@@ -32,11 +37,28 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
     });
     let mut shard =
         Shard::new(&spec, boot.spec.layers.clone(), weights.map_err(|error| error.to_string())?).map_err(|error| error.to_string())?;
-    if let Err(error) = shard.warm_up() {
+    let alone = alone_on_this_machine();
+    let warmed = shard.warm_up();
+    drop(alone);
+    if let Err(error) = warmed {
         tracing::warn!(%error, "decode steps run uncompiled on this machine (on Linux, MLX needs a C++ compiler at run time)");
         shard.disable_compilation();
     }
     Ok((shard, spec))
+}
+
+/// MLX keeps compiled CPU kernels as files in the temporary folder, and a process that loads one while another still writes it fails: so
+/// engines of one machine warm up one after the other. Whoever cannot have the lock in time goes on without it.
+fn alone_on_this_machine() -> Option<File> {
+    let file = File::create(std::env::temp_dir().join("mlx-cluster-warm-up.lock")).ok()?;
+    let start = Instant::now();
+    while start.elapsed() < WARM_UP_WAIT {
+        match file.try_lock() {
+            Ok(()) => return Some(file),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+    None
 }
 
 /// What the model consists of, as far as this node has it. All files of a folder are here, and all tensors have to find their place. Of a
