@@ -13,10 +13,10 @@ url=http://127.0.0.1:$port
 pids=()
 export MLX_CLUSTER_HOME=$scratch/home
 
-start() { # start NAME VERB…: in the background, with a log of its own
+start() { # start NAME VERB…: in the background, what it logs goes to a file
   local name=$1
   shift
-  "$binary" "$@" >"$scratch/$name.log" 2>&1 &
+  "$binary" "$@" 2>"$scratch/$name.log" &
   pids+=($!)
 }
 stop() { # ask politely, wait 10 s, then insist
@@ -34,7 +34,7 @@ stop() { # ask politely, wait 10 s, then insist
 finish() {
   local status=$?
   stop
-  if ((status)); then
+  if ((status && status < 128)); then
     echo "the demo failed; the last lines of each log:" >&2
     tail -n 15 "$scratch"/*.log >&2 || true
   fi
@@ -47,10 +47,11 @@ trap 'exit 143' TERM
 say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
 
 say "Two workers and a coordinator on this machine, which find each other over mDNS"
-start worker-1 worker --cluster "$cluster" --name worker-1 --listen 127.0.0.1:0
-start worker-2 worker --cluster "$cluster" --name worker-2 --listen 127.0.0.1:0
+start one worker --cluster "$cluster" --name one --listen 127.0.0.1:0 >/dev/null
+start two worker --cluster "$cluster" --name two --listen 127.0.0.1:0 >/dev/null
 start coordinator coordinator --cluster "$cluster" --model demo/model --http "127.0.0.1:$port" --min-workers 2 --strategy pipeline
-"$binary" status --url "$url" --wait 60
+# The coordinator prints whom it finds, its plan, and when it is ready.
+"$binary" status --url "$url" --wait 60 >/dev/null 2>"$scratch/status.log"
 
 ask() {
   say "> $1"
