@@ -1,8 +1,9 @@
 //! The verbs as somebody at a terminal uses them.
 
-use crate::support::{Cluster, TinyModel, demo_model, free_port, is_alive, run, wait_until};
+use crate::support::{Cluster, PATIENCE, Process, TinyModel, demo_model, free_port, is_alive, run, wait_until};
+use rustix::process::Signal;
 use serde_json::Value;
-use std::{io::Write, time::Duration};
+use std::{collections::BTreeSet, io::Write, path::Path, process::Command};
 
 const ONE_LINE: &str = "127.0.0.1:1";
 
@@ -50,7 +51,7 @@ fn a_conversation_remembers_what_was_said() {
     for line in ["What is 27 + 46?", "/help", "/reset", "/nonsense", "What is 11 + 12?", "/exit"] {
         writeln!(stdin, "{line}").unwrap();
     }
-    let status = chat.wait(Duration::from_secs(60));
+    let status = chat.wait(PATIENCE);
     let output = chat.output();
     assert_eq!(status.code(), Some(0), "{output}");
     for word in ["73", "23", "/reset", "/nonsense"] {
@@ -58,24 +59,58 @@ fn a_conversation_remembers_what_was_said() {
     }
 }
 
+/// `generate` with a model of its own, while no coordinator answers at its URL.
+fn generate_alone(model: &Path, args: &[&str], home: &Path) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mlx-cluster"));
+    command.env("MLX_CLUSTER_HOME", home).env("MLX_CLUSTER_URL", format!("http://127.0.0.1:{}", free_port()));
+    Process::start("generate", command.args(["generate", "--temperature", "0", "--model"]).arg(model).args(args))
+}
+
 #[test]
 fn a_model_alone_is_a_cluster_of_one_that_leaves_nothing_behind() {
-    let model = demo_model();
     let home = tempfile::tempdir().unwrap();
-    let url = format!("http://127.0.0.1:{}", free_port());
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mlx-cluster"));
-    command.env("MLX_CLUSTER_HOME", home.path()).env("MLX_CLUSTER_URL", &url);
-    command.args(["generate", "--prompt", "What is 27 + 46?", "--temperature", "0", "--model"]).arg(&model);
-    let mut generate = crate::support::Process::start("generate", &mut command);
-    let mut engines = Vec::new();
-    wait_until(Duration::from_secs(60), || {
-        engines = generate.children();
-        !engines.is_empty() || generate.has_ended()
+    let mut generate = generate_alone(&demo_model(), &["--prompt", "What is 27 + 46?"], home.path());
+    let mut engines = BTreeSet::new();
+    wait_until(PATIENCE, || {
+        engines.extend(generate.children());
+        generate.has_ended()
     });
-    let status = generate.wait(Duration::from_secs(60));
+    let status = generate.wait(PATIENCE);
     assert_eq!(status.code(), Some(0), "{}", generate.output());
     assert!(generate.output().contains("73"), "{}", generate.output());
     assert!(!engines.is_empty() && engines.iter().all(|engine| !is_alive(*engine)), "{engines:?}");
+}
+
+#[test]
+fn a_cluster_of_one_ends_with_its_tool_however_that_ends() {
+    let model = TinyModel::new();
+    for (signal, code) in [(Signal::INT, Some(130)), (Signal::TERM, Some(130)), (Signal::KILL, None)] {
+        let home = tempfile::tempdir().unwrap();
+        let mut generate = generate_alone(&model.path(), &["--prompt", "x", "--raw", "--max-tokens", "8000"], home.path());
+        // The answer is one long line, so its first bytes are the sign that an engine works.
+        let streams = wait_until(PATIENCE, || !generate.children().is_empty() && generate.output().ends_with(|c: char| c != '\n'));
+        assert!(streams, "no answer\n{}", generate.output());
+        let engines = generate.children();
+        generate.signal(signal);
+        assert_eq!(generate.wait(PATIENCE).code(), code, "{}", generate.output());
+        assert!(wait_until(PATIENCE, || engines.iter().all(|engine| !is_alive(*engine))), "{signal:?} leaves engines");
+    }
+}
+
+#[test]
+fn ctrl_c_stops_an_answer_and_not_the_conversation() {
+    let model = TinyModel::new();
+    let cluster = Cluster::serving(model.path(), 1);
+    let mut chat = Process::start("chat", &mut cluster.command("chat", &["chat", "--url", &cluster.url(), "--max-tokens", "8000"]));
+    let mut stdin = chat.stdin();
+    writeln!(stdin, "hello").unwrap();
+    let running = || cluster.get("/v1/cluster").body["load"]["running"].as_u64();
+    assert!(wait_until(PATIENCE, || running() == Some(1)), "no answer\n{}", chat.output());
+    chat.signal(Signal::INT);
+    assert!(wait_until(PATIENCE, || running() == Some(0)), "the answer goes on\n{}", chat.output());
+    writeln!(stdin, "/help\n/exit").unwrap();
+    assert_eq!(chat.wait(PATIENCE).code(), Some(0), "{}", chat.output());
+    assert!(chat.output().contains("/reset"), "{}", chat.output());
 }
 
 #[test]

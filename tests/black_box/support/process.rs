@@ -2,7 +2,7 @@
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::Read,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
     thread::JoinHandle,
@@ -17,14 +17,14 @@ const POLL: Duration = Duration::from_millis(20);
 pub(crate) struct Process {
     name: String,
     child: Child,
-    output: Arc<Mutex<String>>,
+    output: Arc<Mutex<Vec<u8>>>,
     readers: Vec<JoinHandle<()>>,
 }
 
 impl Process {
     pub(crate) fn start(name: &str, command: &mut Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let output = Arc::new(Mutex::new(String::new()));
+        let output = Arc::new(Mutex::new(Vec::new()));
         let readers = vec![collect(child.stdout.take().unwrap(), &output), collect(child.stderr.take().unwrap(), &output)];
         Self { name: name.to_owned(), child, output, readers }
     }
@@ -39,7 +39,7 @@ impl Process {
 
     /// Everything on stdout and stderr so far.
     pub(crate) fn output(&self) -> String {
-        self.output.lock().unwrap().clone()
+        String::from_utf8_lossy(&self.output.lock().unwrap()).into_owned()
     }
 
     pub(crate) fn has_ended(&mut self) -> bool {
@@ -89,14 +89,13 @@ impl Drop for Process {
     }
 }
 
-fn collect(stream: impl Read + Send + 'static, output: &Arc<Mutex<String>>) -> JoinHandle<()> {
+/// Keeps what comes as soon as it comes, so that an answer without a line's end can be waited for.
+fn collect(mut stream: impl Read + Send + 'static, output: &Arc<Mutex<Vec<u8>>>) -> JoinHandle<()> {
     let output = output.clone();
     std::thread::spawn(move || {
-        let mut lines = BufReader::new(stream);
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-            output.lock().unwrap().push_str(&String::from_utf8_lossy(&line));
-            line.clear();
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = stream.read(&mut bytes) {
+            output.lock().unwrap().extend_from_slice(&bytes[..count]);
         }
     })
 }
