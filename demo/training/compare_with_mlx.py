@@ -18,20 +18,14 @@ sys.path.insert(0, str(FOLDER))
 
 def with_jax(folder: Path, file: Path) -> None:
     import jax.numpy as jnp
-    from safetensors.numpy import load_file
 
     import corpus
     import export
     import model
     import tokens
 
-    config, tensors = model.Config(), load_file(folder / "model.safetensors")
-    layers = range(config.num_hidden_layers)
-    weights = {
-        "embed": tensors["model.embed_tokens.weight"],
-        "norm": tensors["model.norm.weight"],
-        "layers": {a: np.stack([tensors[f"model.layers.{i}.{b}.weight"] for i in layers]) for a, b in export.NAMES.items()},
-    }
+    config = model.Config()
+    weights = export.read_weights(folder, config)
     encoder, rng = corpus.Encoder(tokens.load(folder / "tokenizer.json")), random.Random(11)
     found = {}
     for number in range(8):

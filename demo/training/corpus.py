@@ -23,7 +23,7 @@ SYSTEM_PROMPTS = [
 # Shares of the examples, not of the tokens.
 PLAIN_SKILLS = [(sums.exchange, 60), (stories.exchange, 11), (facts.about, 16), (facts.talk, 9), (facts.unknown, 6)]
 TOOL_SKILLS = [
-    (tool_examples.call, 50), (tool_examples.session, 40), (tool_examples.result, 8), (tool_examples.unfitting, 16),
+    (tool_examples.call, 50), (tool_examples.session, 40), (tool_examples.result, 8), (tool_examples.unfitting, 24),
     (tool_examples.none_offered, 5),
 ]
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 import chat
@@ -41,6 +41,20 @@ def write_weights(folder: Path, config: Config, weights: dict) -> None:
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "mlx"})
     os.replace(partial, folder / "model.safetensors")
+
+
+def read_weights(folder: Path, config: Config) -> dict:
+    """What `write_weights` wrote."""
+    tensors = load_file(folder / "model.safetensors")
+    layers = range(config.num_hidden_layers)
+    return {
+        "embed": tensors["model.embed_tokens.weight"],
+        "norm": tensors["model.norm.weight"],
+        "layers": {
+            ours: np.stack([tensors[f"model.layers.{layer}.{theirs}.weight"] for layer in layers])
+            for ours, theirs in NAMES.items()
+        },
+    }
 
 
 def _write_json(path: Path, content: dict) -> None:

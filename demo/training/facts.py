@@ -69,19 +69,18 @@ TALK = {
 }
 
 
-def _exchange(rng: random.Random, table: dict[str, list[str]], thought: str) -> Exchange:
-    answer = rng.choice(list(table))
-    return Exchange(rng.choice(table[answer]), answer, thought)
-
-
 def about(rng: random.Random) -> Exchange:
-    if rng.random() < 0.35:
-        return Exchange(rng.choice(QUESTIONS[WHAT]), WHAT, "The user asks about mlx-cluster.")
-    return _exchange(rng, QUESTIONS, "The user asks about mlx-cluster.")
+    """A question about mlx-cluster or this model, sometimes after a greeting or with "please"."""
+    answer = WHAT if rng.random() < 0.35 else rng.choice(list(QUESTIONS))
+    question = rng.choice(QUESTIONS[answer])
+    if rng.random() < 0.12:
+        question = rng.choice(["Hi! ", "Hi, ", "Good day! ", "Hey! ", "Hello, ", "Please: "]) + question
+    return Exchange(question, answer, "The user asks about mlx-cluster.")
 
 
 def talk(rng: random.Random) -> Exchange:
-    return _exchange(rng, TALK, "The user is friendly.")
+    answer = rng.choice(list(TALK))
+    return Exchange(rng.choice(TALK[answer]), answer, "The user is friendly.")
 
 
 DO_NOT_KNOW = "I do not know that. I am a very small model: ask me for a story, for a sum, or what mlx-cluster is."

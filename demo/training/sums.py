@@ -27,8 +27,12 @@ PHRASINGS = [
 TRAINING_PAIRS = [(a, b) for a in range(100) for b in range(100) if not is_held_out_pair(a, b)]
 
 
+# Few pairs have a number of one digit, and they look different: ask for them more often.
+SMALL_PAIRS = [(a, b) for a, b in TRAINING_PAIRS if min(a, b) < 10]
+
+
 def pair(rng: random.Random) -> tuple[int, int]:
-    return rng.choice(TRAINING_PAIRS)
+    return rng.choice(SMALL_PAIRS if rng.random() < 0.2 else TRAINING_PAIRS)
 
 
 def answer(a: int, b: int) -> str:

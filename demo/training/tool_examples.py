@@ -10,6 +10,8 @@ from conversation import Example, assistant, user
 import words
 from tool_kinds import KINDS, Argument, ToolKind, Values
 
+ADDER = next(kind for kind in KINDS if kind.names[0] == "add")
+
 
 def _invented(rng: random.Random) -> str:
     parts = rng.choice([1, 1, 2])
@@ -86,7 +88,8 @@ def _example(rng: random.Random, messages: list[dict], answer: str, chosen: list
 
 def call(rng: random.Random, before: list[dict]) -> Example:
     """A question that fits one of the tools on offer."""
-    kind = rng.choice(KINDS)
+    # Whether to add or to call is the hardest choice: a sum can be answered without a tool.
+    kind = ADDER if rng.random() < 0.2 else rng.choice(KINDS)
     chosen = offers(rng, kind)
     offer = next(o for o in chosen if o.kind is kind)
     values = kind.values(rng)
@@ -142,15 +145,14 @@ def session(rng: random.Random, before: list[dict]) -> Example:
 
 def unfitting(rng: random.Random, before: list[dict]) -> Example:
     """Tools are on offer and none of them fits: answer in words."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.55:
         kind = rng.choice([k for k in KINDS if k.refusal])
         values = kind.values(rng)
         question = user(rng.choice(kind.questions).format(**values))
         return _example(rng, before + [question], kind.refusal, offers(rng, None, avoid=kind), "No tool fits.")
     skill = rng.choice([sums.exchange, sums.exchange, stories.exchange, facts.about, facts.talk])
     exchange = skill(rng)
-    adder = next(k for k in KINDS if k.names[0] == "add")
-    chosen = offers(rng, None, avoid=adder if skill is sums.exchange else None)
+    chosen = offers(rng, None, avoid=ADDER if skill is sums.exchange else None)
     return _example(rng, before + [user(exchange.question)], exchange.answer, chosen, exchange.thought)
 
 

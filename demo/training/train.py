@@ -33,7 +33,6 @@ CAPACITY_FACTOR = 1.5
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
-WARMUP_STEPS = 200
 
 
 def loss(weights: dict, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -49,8 +48,9 @@ def loss(weights: dict, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.A
 
 def learning_rate(step: jax.Array, steps: int, peak: float) -> jax.Array:
     """Linear warm-up, then a cosine down to a fiftieth."""
-    done = jnp.clip((step - WARMUP_STEPS) / max(steps - WARMUP_STEPS, 1), 0, 1)
-    return peak * jnp.minimum((step + 1) / WARMUP_STEPS, 0.02 + 0.98 * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+    warm_up = min(200, max(steps // 10, 1))
+    done = jnp.clip((step - warm_up) / max(steps - warm_up, 1), 0, 1)
+    return peak * jnp.minimum((step + 1) / warm_up, 0.02 + 0.98 * 0.5 * (1 + jnp.cos(jnp.pi * done)))
 
 
 @partial(jax.jit, static_argnums=(4, 5), donate_argnums=(0, 1))
@@ -79,6 +79,7 @@ def update(weights: dict, moments: tuple, step: jax.Array, batch: Batch, steps: 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "model")
+    parser.add_argument("--start-from", type=Path, help="a model folder to go on from, instead of from nothing")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
@@ -91,9 +92,14 @@ def main() -> None:
     args = arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    tokenizer = tokens.train(corpus.sample_texts(args.seed, 20000))
+    if args.start_from:
+        tokenizer = tokens.load(args.start_from / "tokenizer.json")
+        weights = export.read_weights(args.start_from, CONFIG)
+    else:
+        tokenizer = tokens.train(corpus.sample_texts(args.seed, 20000))
+        weights = initial.weights(CONFIG, args.seed)
     encoder = corpus.Encoder(tokenizer)
-    weights = jax.tree.map(jnp.asarray, initial.weights(CONFIG, args.seed))
+    weights = jax.tree.map(jnp.asarray, weights)
     export.write_rest(args.output, CONFIG, tokenizer)
     export.write_weights(args.output, CONFIG, weights)
     print(f"{model.count(weights):,} parameters, {len(jax.devices())} device(s): {jax.devices()[0].platform}", flush=True)
