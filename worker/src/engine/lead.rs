@@ -3,12 +3,13 @@
 use super::{
     CHANNEL, Command, Outgoing,
     hops::Hops,
+    pace::Pace,
     scheduler::{BatchScheduler, Limits},
 };
 use mlx_cluster_common::{
     ids::Epoch,
     request::{Delivery, EngineLoad, SessionCommand},
-    step::{Step, StepResult},
+    step::{Segment, Step, StepResult},
 };
 use mlx_cluster_lm::{
     ffi,
@@ -28,6 +29,13 @@ pub(super) struct Pulse {
     pub(super) under_way: usize,
 }
 
+/// A step that the device works on.
+struct Running {
+    pending: PendingResult,
+    prompt_tokens: usize,
+    started: Instant,
+}
+
 pub(super) struct Lead {
     shard: Shard,
     scheduler: BatchScheduler,
@@ -37,9 +45,10 @@ pub(super) struct Lead {
     output: Option<mpsc::Sender<Outgoing>>,
     deliveries: Option<mpsc::Sender<wire::Delivery>>,
     /// With one stage: the step that the device works on.
-    running: Option<PendingResult>,
+    running: Option<Running>,
     progress: u64,
     hops: Hops,
+    pace: Pace,
     node_name: String,
 }
 
@@ -55,6 +64,7 @@ impl Lead {
             shard,
             scheduler: BatchScheduler::new(limits),
             hops: Hops::new(limits.n_stages),
+            pace: Pace::new(),
             commands,
             pulse,
             epoch: Epoch(0),
@@ -145,21 +155,29 @@ impl Lead {
         let Some(before) = std::mem::replace(&mut self.running, started) else {
             return Ok(());
         };
-        let result = before.read().map_err(|error| error.to_string())?;
+        let result = before.pending.read().map_err(|error| error.to_string())?;
+        self.step_ended(before.prompt_tokens, before.started);
         self.take_result(result);
         Ok(())
     }
 
-    fn start(&mut self, step: Step) -> Result<Option<PendingResult>, String> {
+    fn step_ended(&mut self, prompt_tokens: usize, started: Instant) {
+        self.pace.step_ended(prompt_tokens, started, Instant::now());
+        self.scheduler.pace(self.pace.tokens());
+    }
+
+    fn start(&mut self, step: Step) -> Result<Option<Running>, String> {
+        let (started, prompt_tokens) = (Instant::now(), prompt_tokens(&step));
         self.progress += 1;
         self.publish();
         match self.shard.apply(&step, None).map_err(|error| error.to_string())? {
             StepOutput::Result(pending) => {
                 pending.start().map_err(|error| error.to_string())?;
-                Ok(Some(pending))
+                Ok(Some(Running { pending, prompt_tokens, started }))
             }
             StepOutput::Hidden(hidden) => {
                 let frame = wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?]);
+                self.step_ended(prompt_tokens, started);
                 self.hops.leaves(frame.number, self.scheduler.under_way() == 1, Instant::now());
                 let output = self.output.as_ref().ok_or("the next stage is not connected")?;
                 output.blocking_send(Outgoing::Step(frame)).map_err(|_| "the connection to the next stage is gone".to_owned())?;
@@ -205,6 +223,12 @@ impl Lead {
         let under_way = self.scheduler.under_way();
         self.pulse.send_replace(Pulse { load, progress: self.progress, under_way });
     }
+}
+
+/// Prompt tokens that a step reads; 0 for a decode step.
+fn prompt_tokens(step: &Step) -> usize {
+    let reads = |segment: &&Segment| segment.output.sample.is_none_or(|index| index == 0);
+    step.segments.iter().filter(reads).map(|segment| segment.tokens.len()).sum()
 }
 
 /// The residual stream as it crosses a cut.

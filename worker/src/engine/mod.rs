@@ -10,6 +10,7 @@ mod hops;
 mod inbound;
 mod lead;
 mod load;
+mod pace;
 mod relay;
 mod run;
 mod scheduler;

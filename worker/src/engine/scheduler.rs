@@ -38,13 +38,15 @@ pub(super) struct BatchScheduler {
     next_number: u64,
     waiting: VecDeque<Submission>,
     sequences: BTreeMap<SequenceId, Sequence>,
-    /// Sequences whose prompts are not read yet; who got a part of a step goes to the back.
+    /// Sequences whose prompts are not read yet, in the order of their admission.
     prefilling: VecDeque<SequenceId>,
     releases: Vec<SequenceId>,
     under_way: BTreeMap<u64, UnderWay>,
     cache_tokens_reserved: u64,
     last_group: usize,
     last_was_prefill: bool,
+    shared_prefill_tokens: u32,
+    oldest_first: bool,
 }
 
 #[derive(Debug)]
@@ -75,6 +77,10 @@ impl Sequence {
         self.submission.prompt.len() as u32
     }
 
+    fn unread(&self) -> u32 {
+        self.prompt_tokens() - self.read
+    }
+
     /// Tokens that may be drawn at all.
     fn draws_max(&self) -> u32 {
         self.tokens_max - self.prompt_tokens()
@@ -99,12 +105,14 @@ impl BatchScheduler {
             cache_tokens_reserved: 0,
             last_group: 0,
             last_was_prefill: false,
+            shared_prefill_tokens: limits.prefill_tokens,
+            oldest_first: true,
         }
     }
 
     /// Forgets everything and starts an epoch.
     pub(super) fn reset(&mut self, epoch: Epoch) {
-        *self = Self { epoch, ..Self::new(self.limits) };
+        *self = Self { epoch, shared_prefill_tokens: self.shared_prefill_tokens, ..Self::new(self.limits) };
     }
 
     pub(super) fn load(&self) -> EngineLoad {
@@ -178,6 +186,11 @@ impl BatchScheduler {
         }
         self.admit();
         !self.releases.is_empty() || !self.prefilling.is_empty() || self.find_group().is_some()
+    }
+
+    /// Prompt tokens of a step, at most, while more than one sequence is there.
+    pub(super) fn pace(&mut self, tokens: u32) {
+        self.shared_prefill_tokens = tokens.clamp(1, self.limits.prefill_tokens);
     }
 
     /// The next step, if one is due and not too many are under way.
@@ -258,34 +271,39 @@ impl BatchScheduler {
         segments
     }
 
-    /// Parts of prompts up to the budget. The first in line leaves half of it to others that wait.
+    /// Parts of prompts up to the budget, one prompt after the other: reading all of them a little would make everybody wait for all.
     fn prefill(&mut self) -> Vec<Segment> {
         let mut segments: Vec<Segment> = Vec::new();
-        let mut left = self.limits.prefill_tokens;
-        for _ in 0..self.prefilling.len() {
-            let Some(id) = self.prefilling.pop_front() else { break };
-            let others = !self.prefilling.is_empty();
-            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+        let is_alone = self.sequences.len() == 1 && self.waiting.is_empty();
+        let mut left = if is_alone { self.limits.prefill_tokens } else { self.shared_prefill_tokens };
+        for id in self.prefill_order() {
+            let Some(sequence) = self.sequences.get_mut(&id).filter(|_| left > 0) else { continue };
             let scored = sequence.submission.params.prompt_logprobs.is_some();
-            let remaining = sequence.prompt_tokens() - sequence.read;
-            let share = if others && segments.is_empty() { (left / 2).max(1) } else { left };
-            let length = remaining.min(share).min(if scored { self.limits.scored_tokens } else { u32::MAX });
-            if length == 0 {
-                self.prefilling.push_front(id);
-                break;
-            }
+            let length = sequence.unread().min(left).min(if scored { self.limits.scored_tokens } else { u32::MAX });
             left -= length;
             segments.push(sequence.read_part(id, length, scored));
-            if sequence.read < sequence.prompt_tokens() {
-                self.prefilling.push_back(id);
-            } else {
-                let group = self.smallest_group();
-                if let Some(sequence) = self.sequences.get_mut(&id) {
-                    sequence.group = group;
-                }
+            if sequence.unread() > 0 {
+                continue;
+            }
+            self.prefilling.retain(|other| *other != id);
+            let group = self.smallest_group();
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.group = group;
             }
         }
         segments
+    }
+
+    /// In turn: those with the least left first, so that short prompts pass long ones; the oldest first, so that long ones get through.
+    fn prefill_order(&mut self) -> Vec<SequenceId> {
+        if self.prefilling.len() > 1 {
+            self.oldest_first = !self.oldest_first;
+        }
+        let mut order: Vec<SequenceId> = self.prefilling.iter().copied().collect();
+        if !self.oldest_first {
+            order.sort_by_key(|id| self.sequences.get(id).map_or(0, Sequence::unread));
+        }
+        order
     }
 
     fn smallest_group(&self) -> usize {

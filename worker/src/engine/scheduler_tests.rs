@@ -198,3 +198,13 @@ fn results_of_an_earlier_epoch_are_ignored() {
     assert_eq!(scheduler.on_result(answer(&step, u32::MAX)), []);
     assert_eq!(scheduler.under_way(), 1, "the new epoch's step of the same number still counts");
 }
+
+#[test]
+fn parts_follow_the_pace_only_while_others_are_there() {
+    let mut scheduler = BatchScheduler::new(limits(1));
+    scheduler.pace(20);
+    scheduler.submit(submission(1, 200, 5));
+    assert_eq!(scheduler.next_step().expect("prefill").tokens(), 64);
+    scheduler.submit(submission(2, 200, 5));
+    assert_eq!(scheduler.next_step().expect("prefill").tokens(), 20);
+}
