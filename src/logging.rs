@@ -8,14 +8,15 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 pub(crate) enum Verbosity {
     /// A process that runs for long: what it does is worth a line.
     Service,
-    /// A tool whose output is the answer: only what went wrong.
+    /// A tool whose output is the answer; what goes wrong is its own last line.
     Tool,
 }
 
 pub(crate) fn start(verbosity: Verbosity) {
     let default = match verbosity {
-        Verbosity::Service => "warn,mlx_cluster=info,mlx_cluster_coordinator=info,mlx_cluster_worker=info,mlx_cluster_hub=info",
-        Verbosity::Tool => "warn",
+        // The hub's client logs what our own errors say better.
+        Verbosity::Service => "warn,hf_hub=off,mlx_cluster=info,mlx_cluster_coordinator=info,mlx_cluster_worker=info,mlx_cluster_hub=info",
+        Verbosity::Tool => "error,hf_hub=off",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()

@@ -126,8 +126,7 @@ impl Shown {
                     goes_on
                 });
                 for transfer in current {
-                    let bar = transfers.entry(transfer.worker.clone()).or_insert_with(|| BARS.add(bar()));
-                    bar.set_prefix(transfer.worker);
+                    let bar = transfers.entry(transfer.worker.clone()).or_insert_with(|| BARS.add(bar(&transfer)));
                     bar.set_message(transfer.what);
                     bar.set_length(transfer.total_bytes);
                     bar.set_position(transfer.done_bytes);
@@ -159,10 +158,10 @@ impl Drop for Shown {
     }
 }
 
-fn bar() -> ProgressBar {
-    let template = "{prefix:16} {bar:30} {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {msg}";
+fn bar(transfer: &Transfer) -> ProgressBar {
+    let template = "{prefix:16} {bar:30} {decimal_bytes:>10} of {decimal_total_bytes:10} {decimal_bytes_per_sec:>12} {msg}";
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(0).with_style(style)
+    ProgressBar::new(transfer.total_bytes).with_style(style).with_prefix(transfer.worker.clone()).with_position(transfer.done_bytes)
 }
 
 #[cfg(test)]

@@ -138,6 +138,9 @@ impl Answer {
 
     /// One line for people.
     pub(crate) fn figures(&self) -> String {
+        if self.finish_reason.is_empty() {
+            return format!("[stopped after {:.2} s]", self.took.as_secs_f64());
+        }
         let Usage { prompt_tokens, completion_tokens } = self.usage;
         let (first, total) = (self.to_first_token.unwrap_or(self.took).as_secs_f64(), self.took.as_secs_f64());
         format!(
