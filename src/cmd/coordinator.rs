@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
-  mlx-cluster coordinator --model mlx-community/Qwen3-30B-A3B-4bit --min-workers 2
+  mlx-cluster coordinator --model mlx-community/Qwen3-30B-A3B-4bit --min-workers 2 --strategy pipeline
   mlx-cluster coordinator --model ./my-model --split 20,8 --context 32768 --http 0.0.0.0:8080")]
 pub(crate) struct CoordinatorArgs {
     /// A folder (the same path on every worker) or a repository on the Hugging Face hub; without it the coordinator is idle
@@ -45,7 +45,7 @@ pub(crate) struct CoordinatorArgs {
     /// Plan only when so many workers are there
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     min_workers: u32,
-    /// auto: as few stages as the model needs, unless more workers were asked for; pipeline: all workers
+    /// auto: as few workers as the model needs, since every hop takes time; pipeline: all that are there
     #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
     strategy: Strategy,
     /// Layers for each worker, the one with the most memory first, instead of in proportion to their memory

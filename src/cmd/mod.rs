@@ -25,7 +25,7 @@ const AFTER_HELP: &str = "\
 Example, two Macs:
   studio$ mlx-cluster worker
   mini$   mlx-cluster worker
-  studio$ mlx-cluster coordinator --model mlx-community/Qwen3-30B-A3B-4bit --min-workers 2
+  studio$ mlx-cluster coordinator --model mlx-community/Qwen3-30B-A3B-4bit --min-workers 2 --strategy pipeline
   studio$ mlx-cluster chat
 
 Example, this Mac alone:

@@ -26,7 +26,7 @@ pub(crate) struct PlanArgs {
     /// How long to wait for their answers
     #[arg(long, value_name = "SECONDS", default_value_t = 3, conflicts_with = "memory")]
     wait: u64,
-    /// auto: as few stages as the model needs; pipeline: all workers
+    /// auto: as few workers as the model needs; pipeline: all of them
     #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
     strategy: Strategy,
     /// Layers for each worker, the one with the most memory first
