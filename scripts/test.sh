@@ -22,7 +22,7 @@ step() { # step NAME COMMAND…: runs it, keeps the runner's closing line
 closing_line() { # the counts of all test runners in a log together, else its last line
   local counts
   counts=$(sed -nE 's/^(test result: .*\. )?([0-9]+) passed[;,] ([0-9]+) failed.*/\2 \3/p' "$1" | awk '{p += $1; f += $2; n++} END {if (n) print p " passed, " f " failed"}')
-  echo "${counts:-done}"
+  echo "${counts:-$(tail -n 1 "$1" | cut -c 1-100)}"
 }
 rust_tests() { cargo test --locked --workspace; }
 rust_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps; }
@@ -33,7 +33,8 @@ step 'lints' cargo clippy --locked --workspace --all-targets -- -D warnings
 step 'rust tests' rust_tests
 step 'documentation' rust_docs
 
-python=$(scripts/python-env.sh) || exit 1
+step 'python environment' scripts/python-env.sh
+python=.venv/bin/python
 export MLX_CLUSTER_BIN=$PWD/target/debug/mlx-cluster
 step 'parity with mlx-lm' "$python" tests/parity/parity.py
 step 'sameness' "$python" tests/parity/sameness.py

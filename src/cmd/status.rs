@@ -57,6 +57,10 @@ fn text(status: &Value) -> String {
         text += &format!("model {}, context {} tokens\n", shown("/model/id"), shown("/model/context_tokens"));
     }
     text += &table(status);
+    let addresses = status["join_addresses"].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>();
+    if let Some(address) = addresses.first() {
+        text += &format!("a worker that is not found joins with --join {address}\n");
+    }
     // Writing to a String cannot fail.
     let _ = writeln!(
         text,
@@ -130,6 +134,7 @@ mod tests {
                 {"name": "studio", "connected": true, "chip": "Apple M2 Ultra", "first_layer": 0, "last_layer": 4, "usable_memory_bytes": 48_000_000_000u64,
                  "engine": {"state": "ready", "resident_bytes": 1_200_000_000}},
                 {"name": "mini", "connected": false, "chip": "Apple M4", "engine": null}],
+            "join_addresses": ["192.168.1.20:7070", "10.0.0.4:7070"],
             "load": {"tokens_per_second": 31.25, "running": 2, "waiting": 0, "cache_tokens_used": 700, "cache_tokens_max": 8192}});
         assert_eq!(
             text(&status),
@@ -138,6 +143,7 @@ mod tests {
              \x20 worker  engine  layers  memory used  usable   chip\n\
              \x20 studio  ready   0-4     1.2 GB       48.0 GB  Apple M2 Ultra\n\
              \x20 mini    gone    -       -            -        Apple M4\n\
+             a worker that is not found joins with --join 192.168.1.20:7070\n\
              31.2 tokens/s, 2 requests running, 0 waiting, caches 700 of 8192 tokens\n"
         );
     }
