@@ -141,18 +141,21 @@ impl Shard {
         let mut caches = Caches::check_out(&mut self.sequences, step)?;
         let compiled = self.pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
         let output = match compiled {
-            Some(pieces) => pieces.run(&input, &packing.offsets, |layer, heads| caches.attend(&self.layers, layer, heads, &packing))?,
-            None => self.forward(&input, &packing, &mut caches)?,
+            Some(pieces) => Some(pieces.run(&input, &packing.offsets, |layer, heads| caches.attend(&self.layers, layer, heads, &packing))?),
+            None if is_last && !all_rows && ends_only(step) => self.forward_to_ends(&input, step, &packing, &mut caches)?,
+            None => Some(self.forward(&input, &packing, &mut caches)?),
         };
         let written = caches.check_in(&mut self.sequences, is_last && rows.is_empty());
-        let flat = output.reshape(&[packing.tokens(), -1])?;
-        if !is_last {
-            return Ok(StepOutput::Hidden(flat));
-        }
-        let logits = match (compiled.is_some(), rows.is_empty()) {
-            (_, true) => None,
-            (true, false) => Some(flat),
-            (false, false) => Some(self.logits(&flat, &rows, all_rows)?),
+        // The last layer may have been run for the rows that are read alone.
+        let flat = output.map(|output| output.reshape(&[-1, output.dim(-1)])).transpose()?;
+        let logits = match flat {
+            Some(flat) if !is_last => return Ok(StepOutput::Hidden(flat)),
+            Some(flat) if compiled.is_some() => Some(flat),
+            Some(flat) if !rows.is_empty() => {
+                let is_chosen = flat.dim(0) == rows.len() as i32;
+                Some(self.logits(&flat, &rows, is_chosen)?)
+            }
+            _ => None,
         };
         Ok(StepOutput::Result(self.outputs(step, logits, written)?))
     }
@@ -222,16 +225,43 @@ impl Shard {
 
     /// The layers one by one, for prefill and mixed steps: `[B, L, D]`.
     fn forward(&self, input: &Array, packing: &Packing, caches: &mut Caches) -> Result<Array, LmError> {
+        self.forward_layers(input, packing, caches, self.layers.len())
+    }
+
+    fn forward_layers(&self, input: &Array, packing: &Packing, caches: &mut Caches, n_layers: usize) -> Result<Array, LmError> {
         let mut x = match &self.ends.embedding {
             Some(embedding) => embedding.forward(input)?,
             None => input.clone(),
         };
-        for (i, layer) in self.layers.iter().enumerate() {
+        for (i, layer) in self.layers.iter().take(n_layers).enumerate() {
             let heads = layer.before.forward(&x, &packing.offsets)?;
             let attended = caches.attend(&self.layers, i, &heads, packing)?;
             x = layer.after.forward(&attended, &x)?;
         }
         Ok(x)
+    }
+
+    /// The same for a step that reads the last token of some segments at most: the last layer fills its caches for all tokens, and goes on
+    /// with those that are read. `[wanted, 1, D]`, or None when none is. What is not read stays lazy, so it is never computed.
+    fn forward_to_ends(&self, input: &Array, step: &Step, packing: &Packing, caches: &mut Caches) -> Result<Option<Array>, LmError> {
+        let last = self.layers.len() - 1;
+        let x = self.forward_layers(input, packing, caches, last)?;
+        let layer = &self.layers[last];
+        let heads = layer.before.forward(&x, &packing.offsets)?;
+        let wanted: Vec<bool> = step.segments.iter().map(|segment| output_length(segment) > 0).collect();
+        let rows = output_rows(step, packing);
+        if rows.is_empty() {
+            caches.attend_ends(layer, last, &heads, None, &wanted, packing)?;
+            return Ok(None);
+        }
+        let n = rows.len() as i32;
+        let read = x.reshape(&[packing.tokens(), self.hidden_size])?.take_axis(Array::from_slice(&rows, &[n]), 0)?;
+        let read = read.reshape(&[n, 1, self.hidden_size])?;
+        let ends = step.segments.iter().filter(|segment| output_length(segment) > 0);
+        let offsets: Vec<i32> = ends.map(|segment| segment.start as i32 + segment.tokens.len() as i32 - 1).collect();
+        let queries = layer.before.forward(&read, &Array::from_slice(&offsets, &[n]))?.queries;
+        let attended = caches.attend_ends(layer, last, &heads, Some(&queries), &wanted, packing)?;
+        attended.map(|attended| layer.after.forward(&attended, &read)).transpose()
     }
 
     /// Logits of some rows of the hidden states `[tokens, D]`: `[rows, V]`.
@@ -295,6 +325,11 @@ fn output_length(segment: &Segment) -> i32 {
     }
 }
 
+/// Whether no segment needs more than the logits after its last token.
+fn ends_only(step: &Step) -> bool {
+    step.segments.iter().all(|segment| output_length(segment) <= 1 && !segment.output.prompt_logprobs)
+}
+
 /// The tokens of a step whose logits are needed, as rows among all of them.
 fn output_rows(step: &Step, packing: &Packing) -> Vec<i32> {
     let rows = |(segment, span): (&Segment, &Span)| {
@@ -326,6 +361,19 @@ impl Caches {
     fn attend(&mut self, layers: &[Layer], layer: usize, heads: &Heads, packing: &Packing) -> Result<Array, LmError> {
         let mut caches: Vec<&mut KvCache> = self.taken.iter_mut().map(|(_, caches)| &mut caches[layer]).collect();
         layers[layer].attend(heads, packing, &mut caches)
+    }
+
+    fn attend_ends(
+        &mut self,
+        layer: &Layer,
+        index: usize,
+        heads: &Heads,
+        queries: Option<&Array>,
+        wanted: &[bool],
+        packing: &Packing,
+    ) -> Result<Option<Array>, LmError> {
+        let mut caches: Vec<&mut KvCache> = self.taken.iter_mut().map(|(_, caches)| &mut caches[index]).collect();
+        layer.attend_ends(heads, queries, wanted, packing, &mut caches)
     }
 
     /// Puts the caches back; gives their arrays when somebody has to see to it that they are evaluated.

@@ -5,7 +5,13 @@ use super::{
     feed_forward::FeedForwardBlock,
     norm::Norm,
 };
-use crate::{cache::KvCache, error::LmError, linear::Parameters, packing::Packing, weights::Weights};
+use crate::{
+    cache::KvCache,
+    error::LmError,
+    linear::Parameters,
+    packing::{Packing, Span},
+    weights::Weights,
+};
 use mlx_cluster_common::spec::{LayerSpec, Mixer, Quantization};
 use mlx_rs::{Array, ops};
 use std::fmt::Write;
@@ -60,17 +66,52 @@ impl Layer {
         }
         let mut attended = Vec::with_capacity(caches.len());
         for (span, cache) in packing.spans.iter().zip(caches) {
-            let rows = |y: &Array| -> Result<Array, LmError> {
-                let (from, to) = ([span.row, 0, 0, 0], [span.row + span.length, y.dim(1), 1, y.dim(3)]);
-                let rows = crate::ffi::slice(y, &from, &to)?;
-                Ok(if span.length == 1 { rows } else { rows.transpose_axes(&[2, 1, 0, 3])? })
+            let own = Heads {
+                queries: own_rows(&heads.queries, span)?,
+                keys: own_rows(&heads.keys, span)?,
+                values: own_rows(&heads.values, span)?,
             };
-            let own = Heads { queries: rows(&heads.queries)?, keys: rows(&heads.keys)?, values: rows(&heads.values)? };
             let y = self.attend.forward(&own, cache)?;
             attended.push(if span.length == 1 { y } else { y.transpose_axes(&[2, 1, 0, 3])? });
         }
         Ok(ops::concatenate(&attended, 0)?)
     }
+
+    /// The same, but only for the last token of those segments that `wanted` says, whose `queries` are `[wanted, heads, 1, head_dim]`.
+    /// None when nothing is wanted: then only the caches take in the keys and values.
+    pub fn attend_ends(
+        &self,
+        heads: &Heads,
+        queries: Option<&Array>,
+        wanted: &[bool],
+        packing: &Packing,
+        caches: &mut [&mut KvCache],
+    ) -> Result<Option<Array>, LmError> {
+        let mut attended = Vec::new();
+        for ((span, cache), wanted) in packing.spans.iter().zip(caches).zip(wanted) {
+            let single = packing.spans.len() == 1;
+            let rows = |y: &Array| if single { Ok(y.clone()) } else { own_rows(y, span) };
+            let (keys, values) = (rows(&heads.keys)?, rows(&heads.values)?);
+            match queries.filter(|_| *wanted) {
+                Some(queries) => {
+                    let row = attended.len() as i32;
+                    let own = crate::ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
+                    attended.push(self.attend.forward(&Heads { queries: own, keys, values }, cache)?);
+                }
+                None => drop(cache.append(&keys, &values, None)?),
+            }
+        }
+        if attended.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(ops::concatenate(&attended, 0)?))
+    }
+}
+
+/// A segment's rows of `[tokens, heads, 1, head_dim]` as `[1, heads, length, head_dim]`.
+fn own_rows(y: &Array, span: &Span) -> Result<Array, LmError> {
+    let rows = crate::ffi::slice(y, &[span.row, 0, 0, 0], &[span.row + span.length, y.dim(1), 1, y.dim(3)])?;
+    Ok(if span.length == 1 { rows } else { rows.transpose_axes(&[2, 1, 0, 3])? })
 }
 
 impl Before {
