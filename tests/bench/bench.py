@@ -90,18 +90,18 @@ def resident_bytes(pid: int) -> int:
 def pipeline(rounds: int) -> None:
     """Two workers against one, a core each, eight requests at once."""
     decoding, prefill = [], []
-    short, long = [load.prompt(8, i) for i in range(8)], [load.prompt(1024, i) for i in range(8)]
-    with cluster("kernel-bound", 1, True) as one, cluster("kernel-bound", 2, True) as two:
+    short, long = [load.prompt(8, i) for i in range(8)], load.prompt(1024, 9)
+    with cluster("compute-bound", 1, True) as one, cluster("compute-bound", 2, True) as two:
         for url in (one.url, two.url):
             load.together(url, short, 2)
         for _ in range(rounds):
-            seconds = [load.together(url, short, 24) - load.together(url, short, 1) for url in (one.url, two.url)]
+            seconds = [load.together(url, short, 48) - load.together(url, short, 1) for url in (one.url, two.url)]
             decoding.append(seconds[0] / seconds[1])
         for _ in range(rounds):
-            seconds = [load.together(url, long[:2], 1) for url in (one.url, two.url)]
+            seconds = [load.timed(url, long, 1) for url in (one.url, two.url)]
             prefill.append(seconds[0] / seconds[1])
     row("decode of 8 requests, two workers / one", decoding, 1.7)
-    row("prefill of 1,024-token prompts, two workers / one", prefill, 1.7)
+    row("prefill of a 1,024-token prompt, two workers / one", prefill, 1.7)
 
 
 def hop(rounds: int) -> None:

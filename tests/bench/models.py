@@ -26,6 +26,10 @@ CONFIGS = {
                 "num_experts": 16, "num_experts_per_tok": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
                 "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6, "vocab_size": 4096,
                 "rope_theta": 1e6, "max_position_embeddings": 4096, "tie_word_embeddings": False}, FOUR_BITS),
+    # 13M parameters in f32 on a slow BLAS: products take nearly all of the time, and a prompt of 1,024 tokens is read in seconds.
+    "compute-bound": ({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 16, "intermediate_size": 768, "num_attention_heads": 8,
+                       "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
+                       "tie_word_embeddings": True}, None),
     # Activations of 8 KiB a token in f32, little else: for the way between two engines.
     "wide": ({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 16,
               "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,

@@ -21,9 +21,8 @@ use tokio::sync::{mpsc, watch};
 
 /// Longest line that tells an engine what to be.
 const BOOT_LINE_BYTES_MAX: u64 = 1 << 20;
-/// Prompt tokens of a step. Stages behind each other work on parts of a prompt at the same time, so there the parts are smaller.
-const PREFILL_TOKENS_ALONE: u32 = 512;
-const PREFILL_TOKENS_PIPELINED: u32 = 256;
+/// Prompt tokens of a step, at most.
+const PREFILL_TOKENS: u32 = 512;
 const SCORED_TOKENS: u32 = 128;
 
 /// Runs the hidden `engine` verb until stdin closes. Exit code 3: the model cannot be served; 4: no address to serve on.
@@ -110,12 +109,11 @@ fn serve(boot: Boot, shard: Shard) -> Result<(), String> {
 
 fn limits(boot: &Boot) -> Limits {
     let spec = &boot.spec;
-    let prefill_tokens = if spec.n_stages == 1 { PREFILL_TOKENS_ALONE } else { PREFILL_TOKENS_PIPELINED };
     Limits {
         n_stages: spec.n_stages,
         context_tokens: spec.context_tokens,
         cache_tokens: spec.cache_tokens,
-        prefill_tokens,
+        prefill_tokens: PREFILL_TOKENS,
         scored_tokens: SCORED_TOKENS,
     }
 }

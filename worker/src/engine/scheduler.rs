@@ -17,6 +17,11 @@ pub(super) const SEQUENCES_MAX: usize = 64;
 /// Submissions that wait, at most; more are refused. The coordinator holds its own queue in front of this one.
 pub(super) const WAITING_MAX: usize = 1024;
 
+/// With so many parts a stage, a lone prompt leaves the stages idle for about an eighth of the time, while the pipeline fills and drains.
+const PARTS_PER_STAGE: u32 = 4;
+/// But not smaller than this: a part has costs of its own.
+const PIPELINED_TOKENS_MIN: u32 = 64;
+
 /// What an instance can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Limits {
@@ -274,8 +279,7 @@ impl BatchScheduler {
     /// Parts of prompts up to the budget, one prompt after the other: reading all of them a little would make everybody wait for all.
     fn prefill(&mut self) -> Vec<Segment> {
         let mut segments: Vec<Segment> = Vec::new();
-        let is_alone = self.sequences.len() == 1 && self.waiting.is_empty();
-        let mut left = if is_alone { self.limits.prefill_tokens } else { self.shared_prefill_tokens };
+        let mut left = self.prefill_budget();
         for id in self.prefill_order() {
             let Some(sequence) = self.sequences.get_mut(&id).filter(|_| left > 0) else { continue };
             let scored = sequence.submission.params.prompt_logprobs.is_some();
@@ -292,6 +296,20 @@ impl BatchScheduler {
             }
         }
         segments
+    }
+
+    /// A prompt that has the instance to itself is read in large parts; behind each other in a pipeline, in parts that are small
+    /// against the whole, so that all stages are at work most of the time.
+    fn prefill_budget(&self) -> u32 {
+        let mut sequences = self.sequences.values();
+        match (sequences.next(), sequences.next(), self.waiting.is_empty(), self.limits.n_stages) {
+            (Some(_), None, true, 1) => self.limits.prefill_tokens,
+            (Some(alone), None, true, n_stages) => {
+                let part = alone.prompt_tokens() / (PARTS_PER_STAGE * n_stages);
+                part.clamp(PIPELINED_TOKENS_MIN, self.limits.prefill_tokens.max(PIPELINED_TOKENS_MIN))
+            }
+            _ => self.shared_prefill_tokens,
+        }
     }
 
     /// In turn: those with the least left first, so that short prompts pass long ones; the oldest first, so that long ones get through.

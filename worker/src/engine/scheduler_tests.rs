@@ -208,3 +208,13 @@ fn parts_follow_the_pace_only_while_others_are_there() {
     scheduler.submit(submission(2, 200, 5));
     assert_eq!(scheduler.next_step().expect("prefill").tokens(), 20);
 }
+
+#[test]
+fn a_lone_prompt_goes_through_a_pipeline_in_parts_that_keep_all_stages_busy() {
+    let wide = |n_stages| Limits { prefill_tokens: 512, ..limits(n_stages) };
+    for (n_stages, part) in [(1, 512), (2, 125), (3, 83), (8, 64)] {
+        let mut scheduler = BatchScheduler::new(wide(n_stages));
+        scheduler.submit(submission(1, 1000, 0));
+        assert_eq!(scheduler.next_step().expect("prefill").tokens(), part, "{n_stages} stages");
+    }
+}
