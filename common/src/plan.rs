@@ -7,7 +7,7 @@ use std::{fmt, ops::Range, str::FromStr};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
-    /// As few stages as the model needs, unless more workers were asked for.
+    /// As few stages as the model needs, however many workers there are.
     #[default]
     Auto,
     Pipeline,

@@ -23,6 +23,8 @@ from cluster import Coordinator, Workers
 
 ROOT = Path(__file__).parents[2]
 MEMORY_BASE = 150e6
+# Tokens of each of the 16 streams.
+SERVER_TOKENS = 16
 
 
 def row(name: str, values: list[float], target: float, at_most: bool = False) -> None:
@@ -131,12 +133,12 @@ def server(rounds: int) -> None:
         for _ in range(rounds):
             with reference.Server(folder, Path(scratch) / "server.log") as them:
                 load.streams(them.url, texts[:1], 1, theirs_extra)
-                their_rate, their_first = load.streams(them.url, texts, 24, theirs_extra)
+                their_rate, their_first = load.streams(them.url, texts, SERVER_TOKENS, theirs_extra)
             print(f"  mlx_lm.server {their_rate:.1f} tokens/s, first token after {their_first:.1f} s", flush=True)
             for workers in (1, 2):
                 with cluster("kernel-bound", workers) as us:
                     load.streams(us.url, texts[:1], 1, ours_extra)
-                    rate, first = load.streams(us.url, texts, 24, ours_extra)
+                    rate, first = load.streams(us.url, texts, SERVER_TOKENS, ours_extra)
                 print(f"  {workers} worker(s) {rate:.1f} tokens/s, first token after {first:.1f} s", flush=True)
                 rates[workers].append(rate / their_rate)
                 firsts[workers].append(first / their_first)

@@ -60,11 +60,13 @@ impl Lead {
         pulse: Arc<watch::Sender<Pulse>>,
         node_name: String,
     ) -> Self {
+        let (mut scheduler, pace) = (BatchScheduler::new(limits), Pace::new());
+        scheduler.pace(pace.tokens());
         Self {
             shard,
-            scheduler: BatchScheduler::new(limits),
+            scheduler,
             hops: Hops::new(limits.n_stages),
-            pace: Pace::new(),
+            pace,
             commands,
             pulse,
             epoch: Epoch(0),
