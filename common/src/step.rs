@@ -10,8 +10,6 @@ use crate::{
 pub struct Admission {
     pub sequence: SequenceId,
     pub params: SamplingParams,
-    /// Tokens that the caches will have to hold at most.
-    pub tokens_max: u32,
 }
 
 /// Consecutive tokens of one sequence.

@@ -258,7 +258,7 @@ impl wire::StepFrame {
 
 impl From<Admission> for wire::Admission {
     fn from(admission: Admission) -> Self {
-        Self { sequence: admission.sequence.0, params: Some(admission.params.into()), tokens_max: admission.tokens_max }
+        Self { sequence: admission.sequence.0, params: Some(admission.params.into()) }
     }
 }
 
@@ -267,7 +267,7 @@ impl TryFrom<wire::Admission> for Admission {
 
     fn try_from(admission: wire::Admission) -> Result<Self, WireError> {
         let params = admission.params.ok_or(WireError::Missing("params"))?.into();
-        Ok(Self { sequence: SequenceId(admission.sequence), params, tokens_max: admission.tokens_max })
+        Ok(Self { sequence: SequenceId(admission.sequence), params })
     }
 }
 
@@ -456,7 +456,6 @@ mod tests {
             admissions: vec![Admission {
                 sequence: SequenceId(1),
                 params: SamplingParams { logit_bias: vec![(3, -1.5)], logprobs: Some(2), ..Default::default() },
-                tokens_max: 40,
             }],
             releases: vec![SequenceId(7)],
             segments: vec![segment(1, vec![Token::Id(5), Token::Id(6)], None), segment(2, vec![Token::Previous], Some(8))],

@@ -101,7 +101,7 @@ impl Shard {
             vec![segment(sequences[0], 2, 1)],
             vec![segment(sequences[0], 3, 1), segment(sequences[1], 0, 1)],
         ];
-        let admission = |sequence| Admission { sequence, params: SamplingParams::default(), tokens_max: 4 };
+        let admission = |sequence| Admission { sequence, params: SamplingParams::default() };
         for (number, segments) in steps.into_iter().enumerate() {
             let admissions = if number == 0 { sequences.map(admission).to_vec() } else { Vec::new() };
             let step = Step { epoch: Epoch(0), number: number as u64, admissions, releases: Vec::new(), segments };

@@ -87,7 +87,7 @@ fn serve(boot: Boot, shard: Shard) -> Result<(), String> {
     let (pulse, pulse_receiver) = watch::channel(Pulse::default());
     let (faults, fault_receiver) = watch::channel::<Fault>(None);
     let spec = boot.spec.clone();
-    let service = Service::new(commands, spec.stage, spec.n_stages, pulse_receiver, fault_receiver);
+    let service = Service::new(commands, spec.stage, spec.n_stages, pulse_receiver, fault_receiver, boot.node_name.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start the network runtime: {error}"))?;
     let listener = runtime.block_on(net::listen(boot.listen)).map_err(|error| format!("cannot listen on {}: {error}", boot.listen))?;

@@ -337,7 +337,7 @@ impl BatchScheduler {
             if !sequence.admitted {
                 sequence.admitted = true;
                 let params = sequence.submission.params.clone();
-                admissions.push(Admission { sequence: segment.sequence, params, tokens_max: sequence.tokens_max });
+                admissions.push(Admission { sequence: segment.sequence, params });
             }
             if sequence.read == sequence.prompt_tokens() && sequence.drawn == 0 {
                 ends.push(segment.sequence);

@@ -28,13 +28,15 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// A step that takes longer than this, on whatever stage, ends the epoch: something hangs.
 const STEP_DEADLINE: Duration = Duration::from_secs(180);
-/// How long the coordinator may take to read a token before the engine waits for it.
+/// Tokens that wait for the coordinator to read them; when it is further behind, the engine waits for it.
 const DELIVERIES: usize = 4096;
 
 type Outbound<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 pub(super) struct Service {
     commands: mpsc::Sender<Command>,
+    /// For messages.
+    node_name: String,
     is_lead: bool,
     is_last: bool,
     n_stages: u32,
@@ -53,8 +55,10 @@ impl Service {
         n_stages: u32,
         pulse: watch::Receiver<Pulse>,
         faults: watch::Receiver<Fault>,
+        node_name: String,
     ) -> Self {
         Self {
+            node_name,
             commands,
             is_lead: stage == 0,
             is_last: stage + 1 == n_stages,
@@ -151,14 +155,29 @@ impl Engine for Service {
         let (outbound, stream) = mpsc::channel(DELIVERIES);
         self.command(Command::Open { epoch, deliveries }).await?;
         let cancelled = self.current_epoch_token();
-        self.tasks.spawn(take_session(commands, self.commands.clone(), cancelled.clone()));
-        self.tasks.spawn(give_deliveries(receiver, outbound, self.pulse.clone(), self.commands.clone(), epoch, cancelled));
+        self.tasks.spawn(take_session(commands, self.commands.clone(), outbound.downgrade(), cancelled.clone()));
+        self.tasks.spawn(give_deliveries(
+            receiver,
+            outbound,
+            self.pulse.clone(),
+            self.commands.clone(),
+            epoch,
+            cancelled,
+            self.node_name.clone(),
+        ));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }
 
 /// Commands of the coordinator, until it goes away.
-async fn take_session(mut session: Streaming<wire::SessionCommand>, commands: mpsc::Sender<Command>, cancelled: CancellationToken) {
+///
+/// `refusals` is weak, because the stream to the coordinator ends when nobody else holds it.
+async fn take_session(
+    mut session: Streaming<wire::SessionCommand>,
+    commands: mpsc::Sender<Command>,
+    refusals: mpsc::WeakSender<Result<wire::Delivery, Status>>,
+    cancelled: CancellationToken,
+) {
     loop {
         let next = tokio::select! {
             () = cancelled.cancelled() => return,
@@ -171,8 +190,12 @@ async fn take_session(mut session: Streaming<wire::SessionCommand>, commands: mp
                 match Submission::try_from(submission) {
                     Ok(submission) => SessionCommand::Submit(submission),
                     Err(error) => {
-                        tracing::warn!(%error, %sequence, "a submission was refused");
-                        SessionCommand::Cancel(sequence)
+                        let refused = Delivery::Refused { sequence, message: error.to_string() };
+                        let Some(refusals) = refusals.upgrade() else { break };
+                        if refusals.send(Ok(refused.into())).await.is_err() {
+                            break;
+                        }
+                        continue;
                     }
                 }
             }
@@ -194,6 +217,7 @@ async fn give_deliveries(
     commands: mpsc::Sender<Command>,
     epoch: Epoch,
     cancelled: CancellationToken,
+    node_name: String,
 ) {
     let mut ticks = interval(HEARTBEAT / 2);
     let (mut progress, mut since) = (0, Instant::now());
@@ -213,9 +237,12 @@ async fn give_deliveries(
             }
         };
         if since.elapsed() > STEP_DEADLINE {
-            let message = format!("a step did not end within {} s", STEP_DEADLINE.as_secs());
-            drop(commands.send(Command::Broken { epoch, node: "a stage behind the first".into(), message }).await);
-            since = Instant::now();
+            let message = format!("a step did not end within {} s, on this worker or on one of a later stage", STEP_DEADLINE.as_secs());
+            // The thread may be what hangs, so the coordinator is told from here, and a full queue is not waited for.
+            drop(commands.try_send(Command::Broken { epoch, node: node_name.clone(), message: message.clone() }));
+            let broken = wire::Broken { node: node_name, message };
+            drop(outbound.send(Ok(wire::Delivery { delivery: Some(wire::delivery::Delivery::Broken(broken)) })).await);
+            return;
         }
         if outbound.send(Ok(message)).await.is_err() {
             return;
