@@ -23,6 +23,12 @@ class Row:
     published: Callable[[Weights, dict], Weights] | None = None
     # Where config.json differs too.
     published_config: Callable[[dict], dict] | None = None
+    # A change of the random parameters, for what must not be random.
+    adjust: Callable[[Weights], Weights] | None = None
+    # False where mlx-lm itself cannot run the model in 4 bits.
+    quantizes: bool = True
+    # True where mlx-lm's own answer depends on how the prompt is cut into chunks.
+    chunks_matter: bool = False
 
     @property
     def title(self) -> str:
