@@ -3,7 +3,7 @@
 import mlx.core as mx
 from models import config as small
 
-from .layouts import head_repeated, inverse_frequencies, renamed, then, with_extra
+from .publishing import head_repeated, inverse_frequencies, renamed, then, with_extra
 from .row import Row, Weights
 
 COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "float32"}
