@@ -6,6 +6,8 @@ import pkgutil
 from .row import Row
 
 
-def rows() -> list[Row]:
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name != "check"]
-    return [row for module in modules for row in getattr(module, "ROWS", [])]
+def rows(module: str = "") -> list[Row]:
+    """The rows of one module, or of all."""
+    names = [module] if module else [found.name for found in pkgutil.iter_modules(__path__) if found.name != "check"]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [row for found in modules for row in getattr(found, "ROWS", [])]

@@ -90,37 +90,3 @@ def depthwise_channels_first(weights: Weights, _: dict) -> Weights:
 def less_one(*endings: str) -> Layout:
     """Norms whose published weight is added to one."""
     return lambda weights, _: {name: value - 1.0 if name.endswith(endings) else value for name, value in weights.items()}
-
-
-def int4_rounded(weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, scales and biases of mlx's affine 4 bits in groups of 32, where code 8 is always zero."""
-    groups = weight.reshape(*weight.shape[:-1], -1, 32)
-    scales = (mx.abs(groups).max(axis=-1) / 7).astype(mx.bfloat16)
-    codes = mx.clip(mx.round(groups / scales[..., None].astype(mx.float32)) + 8, 0, 15).astype(mx.uint32)
-    words = (codes.reshape(*weight.shape[:-1], -1, 8) << (4 * mx.arange(8, dtype=mx.uint32))).sum(axis=-1).astype(mx.uint32)
-    return words, scales, -8 * scales
-
-
-def int4_experts(weights: Weights) -> Weights:
-    """The experts in 4 bits without a zero point, so that a packed checkpoint holds them exactly."""
-    out = {}
-    for name, value in weights.items():
-        if ".switch_mlp." in name:
-            out |= dict(zip((name, name.replace(".weight", ".scales"), name.replace(".weight", ".biases")), int4_rounded(value)))
-        else:
-            out[name] = value
-    return out
-
-
-def int4_packed(weights: Weights, _: dict) -> Weights:
-    """`weight_packed`, `weight_scale` and `weight_shape`, as compressed-tensors packs what is quantised."""
-    out = {}
-    for name, value in weights.items():
-        base, _, kind = name.rpartition(".")
-        if f"{base}.scales" not in weights:
-            out[name] = value
-        elif kind == "weight":
-            out |= {f"{name}_packed": value.view(mx.int32), f"{name}_shape": mx.array([value.shape[0], value.shape[1] * 8], dtype=mx.int32)}
-        elif kind == "scales":
-            out[f"{base}.weight_scale"] = value
-    return out
