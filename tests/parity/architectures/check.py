@@ -57,6 +57,8 @@ def examine(row: Row, folder: Path) -> tuple[mx.array, list[str]]:
         faults.append("positions hardly differ")
     if len(set(mx.argmax(whole[0], axis=-1).tolist())) < 4:
         faults.append("always the same greedy token")
+    if mx.mean(mx.argmax(whole[0], axis=-1) == tokens).item() > 0.5:
+        faults.append("repeats its input")
     difference = apart(whole, logprobs(model(tokens[None])))
     if (difference > TOLERANCE) != row.cache_matters:
         faults.append(f"without a cache: {difference:.2g} away")

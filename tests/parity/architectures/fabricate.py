@@ -64,6 +64,8 @@ def random_parameter(name: str, value: mx.array, norm: float, embedding: float) 
         return value + 0.1 * noise
     if value.ndim == 1:
         return value - 1.0 + norm + 0.1 * noise
+    if "norm" in name.split(".")[-2]:
+        return norm + 0.1 * noise
     if any(part in name for part in ("embed_tokens.", "tok_embeddings.", "wte.", "embeddings.", "embed_tokens_per_layer.")):
         return embedding * noise
     fan_in = math.prod(value.shape[1:]) if ".conv" in name else value.shape[-1]

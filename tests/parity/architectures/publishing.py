@@ -47,6 +47,15 @@ def head_repeated(weights: Weights, _: dict) -> Weights:
     return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
 
 
+def quiet_embeddings(factor: float, prefix: str = "model.", offset: float = 0.0) -> Callable[[Weights], Weights]:
+    """For embeddings that are multiplied and tied: without this each token would predict itself, as the head is so like the input.
+
+    The embeddings get smaller by the factor and the last norm, whose weight is added to the offset, larger by as much.
+    """
+    embedding, norm = f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"
+    return lambda weights: {**weights, embedding: weights[embedding] * factor, norm: (weights[norm] + offset) / factor - offset}
+
+
 inverse_frequencies = with_extra("model.layers.*.self_attn.rotary_emb.inv_freq")
 
 

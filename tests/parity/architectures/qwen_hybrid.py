@@ -42,8 +42,9 @@ APART = experts_apart(r"mlp\.switch_mlp\.(\w+_proj)", r"mlp.experts.{i}.\1")
 ROWS = [
     Row("qwen3_5", wrapped("qwen3_5", tie_word_embeddings=True), "tied", cuts=CUTS, published=published(*NESTED)),
     Row("qwen3_5", wrapped("qwen3_5"), "flat config", cuts=CUTS, published=published(*TEXT_ONLY, images=False), published_config=flat),
-    Row("qwen3_5", wrapped("qwen3_5", full_attention_interval=2, layer_types=["linear_attention", "full_attention"] * 2 + ["linear_attention"],
-                           linear_num_key_heads=4, linear_value_head_dim=32), "every second layer", cuts=((1,), (1, 2))),
+    Row("qwen3_5", wrapped("qwen3_5", num_hidden_layers=4, full_attention_interval=2,
+                           layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=4, linear_value_head_dim=32),
+        "every second layer", cuts=((1,), (1, 2))),
     Row("qwen3_5_moe", wrapped("qwen3_5_moe", **EXPERTS), cuts=CUTS, published=published(*NESTED, experts=FUSED)),
     Row("qwen3_next", config("qwen3_next", **DELTA, **EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
                              partial_rotary_factor=0.25), cuts=CUTS, published=published(experts=APART, images=False)),
