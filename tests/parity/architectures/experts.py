@@ -171,8 +171,8 @@ LING_LITE = {**BAILING, "first_k_dense_replace": 0, "num_experts": 8, "num_exper
              "norm_head": True, "use_qkv_bias": True, "score_function": "softmax", "moe_router_enable_expert_bias": False, "routed_scaling_factor": 1.0,
              "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0, "rotary_dim": None, "moe_shared_expert_intermediate_size": None}
 BAILING_PUBLISHED = then(APART, renamed((r"\.mlp\.gate\.gate_proj\.weight", ".mlp.gate.weight")))
-GRANITE = config("granitemoe", EVEN, num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2, intermediate_size=64, embedding_multiplier=12.0,
-                 attention_multiplier=0.0625, residual_multiplier=0.22, logits_scaling=6.0, rope_scaling=None, tie_word_embeddings=True,
+GRANITE = config("granitemoe", EVEN, num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2, intermediate_size=64, embedding_multiplier=0.4,
+                 attention_multiplier=0.4, residual_multiplier=0.7, logits_scaling=0.8, rope_scaling=None, tie_word_embeddings=True,
                  router_aux_loss_coef=0.001, output_router_logits=False)
 GRANITE.pop("head_dim")
 GRANITE_PUBLISHED = then(

@@ -83,7 +83,7 @@ YOUTU = config("youtu_llm", LATENT, num_hidden_layers=4, intermediate_size=128, 
                mlp_bias=False, qk_head_dim=48, head_dim=16, rope_scaling=None)
 MINICPM3_ROPE = {"type": "longrope", "original_max_position_embeddings": 32, "short_factor": [1.0 + 0.05 * i for i in range(8)],
                  "long_factor": [1.0 + 0.4 * i for i in range(8)]}
-MINICPM3 = config("minicpm3", LATENT, num_hidden_layers=4, intermediate_size=128, dim_model_base=16, scale_emb=12, scale_depth=1.4,
+MINICPM3 = config("minicpm3", LATENT, num_hidden_layers=4, intermediate_size=128, dim_model_base=40, scale_emb=1.5, scale_depth=1.4,
                   max_position_embeddings=256, rope_scaling=MINICPM3_ROPE)
 MINICPM3.pop("v_head_dim")
 
