@@ -11,8 +11,11 @@ pub enum ConfigError {
     Invalid { key: String, wanted: String, found: String },
     #[error("config.json: {message}")]
     Contradiction { message: String },
-    #[error("model_type `{model_type}` is not supported; supported: {supported}")]
-    UnknownModelType { model_type: String, supported: String },
+    #[error(
+        "model_type `{model_type}` is not supported; the nearest that is is `{nearest}`. `mlx-cluster models supported` lists all {supported}; \
+         docs/adding-an-architecture.md says how to add one"
+    )]
+    UnknownModelType { model_type: String, nearest: &'static str, supported: usize },
     #[error("config.json: {feature} is not supported yet for model_type `{model_type}`")]
     Unsupported { model_type: String, feature: String },
 }

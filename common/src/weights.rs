@@ -147,6 +147,8 @@ impl Assignment<'_> {
             Weight::Embedding(embedding) => self.matrix(&embedding.path, &[embedding.vocab_size, embedding.dims], out)?,
             Weight::Linear(linear) => self.linear(linear, out)?,
             Weight::Experts(experts) => self.experts(experts, out)?,
+            Weight::HeadLinear(linear) => self.matrix(&linear.path, &[linear.n_heads, linear.output_dims, linear.input_dims], out)?,
+            Weight::Convolution(_) | Weight::Tensor(_) => {}
         }
         Ok(())
     }
@@ -167,23 +169,11 @@ impl Assignment<'_> {
         Ok(())
     }
 
-    /// Stacked as published, or one by one and stacked on loading.
     fn experts(&mut self, experts: &ExpertsSpec, out: &mut Vec<Parameter>) -> Result<(), WeightError> {
-        let one = |e: u32| experts.published.replacen("{}", &e.to_string(), 1);
-        if !self.index.tensors.contains_key(&format!("{}.weight", one(0))) {
-            return self.matrix(&experts.path, &[experts.n_experts, experts.output_dims, experts.input_dims], out);
-        }
-        for (suffix, shape, wanted) in self.tensors_of(&one(0), &experts.path, &[experts.output_dims, experts.input_dims])? {
-            let sources: Vec<_> = (0..experts.n_experts).map(|e| format!("{}.{suffix}", one(e))).collect();
-            let parameters = sources.iter().map(|name| self.take(name.clone(), &shape, wanted)).collect::<Result<Vec<_>, _>>()?;
-            out.push(Parameter {
-                name: format!("{}.{suffix}", experts.path),
-                sources,
-                stacked: true,
-                dtype: parameters[0].dtype,
-                shape: std::iter::once(u64::from(experts.n_experts)).chain(shape).collect(),
-                bytes: parameters.iter().map(|parameter| parameter.bytes).sum(),
-            });
+        self.matrix(&experts.path, &[experts.n_experts, experts.output_dims, experts.input_dims], out)?;
+        if experts.bias {
+            let shape = [experts.n_experts, experts.output_dims].map(u64::from);
+            out.push(self.take(format!("{}.bias", experts.path), &shape, Wanted::Float)?);
         }
         Ok(())
     }

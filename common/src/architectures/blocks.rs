@@ -3,14 +3,28 @@
 use crate::{
     config::{Config, ConfigError},
     spec::{
-        AttentionSpec, EmbeddingSpec, ExpertsSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, ModelSpec, NormSpec, Quantization, RopeSpec,
+        Activation, AttentionSpec, EmbeddingSpec, ExpertInputs, ExpertMlpSpec, ExpertsSpec, FeedForward, HeadNorms, HeadSpec, LayerSpec,
+        LinearSpec, LogitsSpec, Mixer, MlpInputs, MlpSpec, ModelSpec, NormKind, NormSpec, Projections, Quantization, RopeSpec,
     },
 };
 
+/// What an architecture reads from.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    /// The whole `config.json`.
+    pub(super) root: Config<'a>,
+    /// The part that describes the language model: the same, or an object inside it.
+    pub(super) config: Config<'a>,
+    /// For messages.
+    pub(super) model_type: &'a str,
+    /// What stands before every name of the language model's tensors: empty, or `language_model.`.
+    pub(super) prefix: &'a str,
+}
+
 /// The sizes that nearly every decoder's config has.
 pub(super) struct Decoder<'a> {
-    pub(super) config: &'a Config<'a>,
-    pub(super) model_type: &'static str,
+    pub(super) source: Source<'a>,
+    pub(super) config: Config<'a>,
     pub(super) hidden_size: u32,
     pub(super) n_layers: u32,
     pub(super) n_heads: u32,
@@ -18,6 +32,8 @@ pub(super) struct Decoder<'a> {
     pub(super) head_dim: u32,
     pub(super) vocab_size: u32,
     pub(super) norm_eps: f32,
+    /// Of every norm that `norm` makes.
+    pub(super) norm_kind: NormKind,
 }
 
 /// Which linears of an attention carry a bias.
@@ -27,8 +43,40 @@ pub(super) struct AttentionBias {
     pub(super) output: bool,
 }
 
+impl AttentionBias {
+    pub(super) const NONE: AttentionBias = AttentionBias { qkv: false, output: false };
+
+    pub(super) fn all(bias: bool) -> Self {
+        Self { qkv: bias, output: bias }
+    }
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(root: Config<'a>, model_type: &'a str) -> Self {
+        Self { root, config: root, model_type, prefix: "" }
+    }
+
+    /// The language model of a model that also sees: its config is the object `text_config`, its tensors' names begin with `prefix`.
+    pub(super) fn text(self, prefix: &'a str) -> Result<Self, ConfigError> {
+        let config = self.config.object("text_config", "text_config.")?;
+        let config = config.ok_or_else(|| ConfigError::Missing { key: "text_config".into() })?;
+        Ok(Self { config, prefix, ..self })
+    }
+
+    /// A feature that the config asks for and that is not there.
+    pub(super) fn unsupported(&self, feature: impl Into<String>) -> ConfigError {
+        ConfigError::Unsupported { model_type: self.model_type.into(), feature: feature.into() }
+    }
+}
+
 impl<'a> Decoder<'a> {
-    pub(super) fn read(config: &'a Config<'a>, model_type: &'static str) -> Result<Self, ConfigError> {
+    /// Reads the sizes by the names of most configs; the norms' `eps` under `rms_norm_eps`.
+    pub(super) fn read(source: Source<'a>) -> Result<Self, ConfigError> {
+        Self::read_with_eps(source, source.config.f32("rms_norm_eps", 0.0, 1.0)?)
+    }
+
+    pub(super) fn read_with_eps(source: Source<'a>, norm_eps: f32) -> Result<Self, ConfigError> {
+        let config = source.config;
         let hidden_size = config.u32("hidden_size", 1, 1 << 20)?;
         let n_heads = config.u32("num_attention_heads", 1, 1 << 14)?;
         let n_kv_heads = config.maybe_u32("num_key_value_heads", 1, 1 << 14)?.unwrap_or(n_heads);
@@ -42,90 +90,118 @@ impl<'a> Decoder<'a> {
             None => return contradiction(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}")),
         };
         Ok(Self {
+            source,
             config,
-            model_type,
             hidden_size,
             n_layers: config.u32("num_hidden_layers", 1, 4096)?,
             n_heads,
             n_kv_heads,
             head_dim,
             vocab_size: config.u32("vocab_size", 1, 1 << 24)?,
-            norm_eps: config.f32("rms_norm_eps", 0.0, 1.0)?,
+            norm_eps,
+            norm_kind: NormKind::Rms { offset: 0.0 },
         })
     }
 
-    pub(super) fn linear(&self, path: String, input_dims: u32, output_dims: u32, bias: bool) -> LinearSpec {
-        LinearSpec { path, input_dims, output_dims, bias }
+    /// A name of the model: the prefix of wrappers, then `name`.
+    pub(super) fn path(&self, name: &str) -> String {
+        format!("{}{name}", self.source.prefix)
     }
 
     pub(super) fn norm(&self, path: String, dims: u32) -> NormSpec {
-        NormSpec { path, dims, eps: self.norm_eps }
+        NormSpec { path, dims, eps: self.norm_eps, kind: self.norm_kind }
     }
 
-    /// `self_attn.{q,k,v,o}_proj` with RoPE over the whole head.
-    pub(super) fn attention(&self, layer: &str, bias: AttentionBias, default_theta: Option<f32>) -> Result<AttentionSpec, ConfigError> {
+    /// `{q,k,v,o}_proj` under `path`, without RoPE and norms.
+    pub(super) fn attention(&self, path: &str, bias: AttentionBias) -> AttentionSpec {
         let (q_dims, kv_dims) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let linear = |name: &str, input, output, bias| self.linear(format!("{layer}.self_attn.{name}"), input, output, bias);
-        Ok(AttentionSpec {
+        let linear = |name: &str, input, output, bias| LinearSpec::new(format!("{path}.{name}"), input, output, bias);
+        AttentionSpec {
             n_heads: self.n_heads,
             n_kv_heads: self.n_kv_heads,
             head_dim: self.head_dim,
             scale: (self.head_dim as f32).powf(-0.5),
-            query: linear("q_proj", self.hidden_size, q_dims, bias.qkv),
-            key: linear("k_proj", self.hidden_size, kv_dims, bias.qkv),
-            value: linear("v_proj", self.hidden_size, kv_dims, bias.qkv),
+            projections: Projections::Separate {
+                query: linear("q_proj", self.hidden_size, q_dims, bias.qkv),
+                key: linear("k_proj", self.hidden_size, kv_dims, bias.qkv),
+                value: linear("v_proj", self.hidden_size, kv_dims, bias.qkv),
+            },
             output: linear("o_proj", q_dims, self.hidden_size, bias.output),
-            query_norm: None,
-            key_norm: None,
-            rope: Some(RopeSpec::from_config(self.config, self.model_type, self.head_dim, default_theta)?),
+            head_norms: HeadNorms::None,
+            value_norm: None,
+            rope: None,
+            temperature: None,
             window: None,
-        })
+            sinks: None,
+            softcap: None,
+            gate: None,
+        }
     }
 
-    /// The same with `q_norm` and `k_norm` over each head.
-    pub(super) fn attention_with_head_norms(
-        &self,
-        layer: &str,
-        bias: AttentionBias,
-        default_theta: Option<f32>,
-    ) -> Result<AttentionSpec, ConfigError> {
-        let norm = |name: &str| Some(self.norm(format!("{layer}.self_attn.{name}"), self.head_dim));
-        Ok(AttentionSpec { query_norm: norm("q_norm"), key_norm: norm("k_norm"), ..self.attention(layer, bias, default_theta)? })
+    /// `q_norm` and `k_norm` under `path`, over each head.
+    pub(super) fn head_norms(&self, path: &str) -> HeadNorms {
+        let norm = |name: &str| self.norm(format!("{path}.{name}"), self.head_dim);
+        HeadNorms::PerHead { query: norm("q_norm"), key: norm("k_norm") }
     }
 
-    /// `mlp.{gate,up,down}_proj`.
-    pub(super) fn mlp(&self, layer: &str, intermediate_size: u32, bias: bool) -> MlpSpec {
-        let linear = |name: &str, input, output| self.linear(format!("{layer}.mlp.{name}"), input, output, bias);
+    /// RoPE over the whole head, with the keys that most configs have.
+    pub(super) fn rope(&self, default_theta: Option<f32>) -> Result<RopeSpec, ConfigError> {
+        RopeSpec::from_config(&self.config, self.source.model_type, self.head_dim, default_theta)
+    }
+
+    /// `{gate,up,down}_proj` under `path`, with SiLU.
+    pub(super) fn mlp(&self, path: &str, intermediate_size: u32, bias: bool) -> MlpSpec {
+        let linear = |name: &str, input, output| LinearSpec::new(format!("{path}.{name}"), input, output, bias);
         MlpSpec {
-            gate: linear("gate_proj", self.hidden_size, intermediate_size),
-            up: linear("up_proj", self.hidden_size, intermediate_size),
+            inputs: MlpInputs::Gated {
+                gate: linear("gate_proj", self.hidden_size, intermediate_size),
+                up: linear("up_proj", self.hidden_size, intermediate_size),
+            },
+            activation: Activation::Silu,
             down: linear("down_proj", intermediate_size, self.hidden_size),
         }
     }
 
-    /// A pre-norm layer's two norms.
-    pub(super) fn pre_norms(&self, layer: &str) -> (Option<NormSpec>, Option<NormSpec>) {
-        let norm = |name: &str| Some(self.norm(format!("{layer}.{name}"), self.hidden_size));
-        (norm("input_layernorm"), norm("post_attention_layernorm"))
+    /// A pre-norm layer with Llama's names of the norms.
+    pub(super) fn pre_norm_layer(&self, layer: &str, mixer: Mixer, feed_forward: FeedForward) -> LayerSpec {
+        let norm = |name: &str| self.norm(format!("{layer}.{name}"), self.hidden_size);
+        LayerSpec::pre_norm(norm("input_layernorm"), mixer, norm("post_attention_layernorm"), feed_forward)
+    }
+
+    /// The layers, each from its number and its path `model.layers.<number>`.
+    pub(super) fn layers(&self, layer: impl FnMut(u32, &str) -> Result<LayerSpec, ConfigError>) -> Result<Vec<LayerSpec>, ConfigError> {
+        self.layers_under("model.layers", layer)
+    }
+
+    pub(super) fn layers_under(
+        &self,
+        path: &str,
+        mut layer: impl FnMut(u32, &str) -> Result<LayerSpec, ConfigError>,
+    ) -> Result<Vec<LayerSpec>, ConfigError> {
+        (0..self.n_layers).map(|i| layer(i, &self.path(&format!("{path}.{i}")))).collect()
     }
 
     /// `model.embed_tokens`, these layers, `model.norm` and `lm_head`.
     pub(super) fn model(&self, layers: Vec<LayerSpec>, tied_by_default: bool) -> Result<ModelSpec, ConfigError> {
         let head = match self.config.bool_or("tie_word_embeddings", tied_by_default)? {
             true => HeadSpec::Tied,
-            false => HeadSpec::Linear(self.linear("lm_head".into(), self.hidden_size, self.vocab_size, false)),
+            false => HeadSpec::Linear(LinearSpec::new(self.path("lm_head"), self.hidden_size, self.vocab_size, false)),
         };
         Ok(ModelSpec {
-            model_type: self.model_type.into(),
+            model_type: self.source.model_type.into(),
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
-            embedding: EmbeddingSpec { path: "model.embed_tokens".into(), vocab_size: self.vocab_size, dims: self.hidden_size },
+            embedding: EmbeddingSpec { path: self.path("model.embed_tokens"), vocab_size: self.vocab_size, dims: self.hidden_size },
+            embedding_scale: 1.0,
+            layer_inputs: None,
+            streams: None,
             layers,
-            final_norm: self.norm("model.norm".into(), self.hidden_size),
+            final_norm: self.norm(self.path("model.norm"), self.hidden_size),
             head,
-            quantization: Quantization::from_config(self.config, self.model_type)?,
+            logits: LogitsSpec::PLAIN,
+            quantization: Quantization::from_config(&self.source.root, self.source.model_type)?,
             max_position_embeddings: self.config.maybe_u32("max_position_embeddings", 1, u32::MAX)?,
-            eos_token_ids: self.config.eos_token_ids(self.vocab_size)?,
+            eos_token_ids: eos_token_ids(&self.source, self.vocab_size)?,
             ignored_suffixes: vec!["rotary_emb.inv_freq"],
         })
     }
@@ -135,29 +211,50 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Linears of the experts under `stacked`, published one by one under `published` (with `{}` for the expert's number).
-pub(super) struct ExpertNames<'a> {
-    pub(super) stacked: &'a str,
-    pub(super) published: &'a str,
-    /// Published names of the gate, up and down projection.
-    pub(super) projections: [&'a str; 3],
+/// A wrapper's config may have them outside or inside.
+fn eos_token_ids(source: &Source, vocab_size: u32) -> Result<Vec<u32>, ConfigError> {
+    let outer = source.root.eos_token_ids(vocab_size)?;
+    if outer.is_empty() { source.config.eos_token_ids(vocab_size) } else { Ok(outer) }
 }
 
-/// Gate, up and down projection of `n_experts` gated MLPs.
-pub(super) fn experts(names: &ExpertNames, n_experts: u32, hidden_size: u32, intermediate_size: u32) -> [ExpertsSpec; 3] {
-    let projections = [
-        ("gate_proj", hidden_size, intermediate_size),
-        ("up_proj", hidden_size, intermediate_size),
-        ("down_proj", intermediate_size, hidden_size),
-    ];
-    std::array::from_fn(|i| {
-        let (name, input_dims, output_dims) = projections[i];
-        ExpertsSpec {
-            path: format!("{}.{name}", names.stacked),
-            published: format!("{}.{}", names.published, names.projections[i]),
-            n_experts,
-            input_dims,
-            output_dims,
-        }
-    })
+/// `{gate,up,down}_proj` of `n_experts` gated MLPs with SiLU, stacked under `path`.
+pub(super) fn experts(path: &str, n_experts: u32, hidden_size: u32, intermediate_size: u32) -> ExpertMlpSpec {
+    let experts = |name: &str, input_dims, output_dims| ExpertsSpec {
+        path: format!("{path}.{name}"),
+        n_experts,
+        input_dims,
+        output_dims,
+        bias: false,
+    };
+    ExpertMlpSpec {
+        inputs: ExpertInputs::Gated {
+            gate: experts("gate_proj", hidden_size, intermediate_size),
+            up: experts("up_proj", hidden_size, intermediate_size),
+        },
+        activation: Activation::Silu,
+        down: experts("down_proj", intermediate_size, hidden_size),
+    }
+}
+
+/// The sliding window of each layer, from `layer_types`; None where the config has no such list.
+pub(super) fn windows(config: &Config, n_layers: u32) -> Result<Option<Vec<Option<u32>>>, ConfigError> {
+    let Some(types) = config.texts("layer_types")? else {
+        return Ok(None);
+    };
+    if types.len() != n_layers as usize {
+        return Err(ConfigError::Contradiction {
+            message: format!("layer_types has {} entries for num_hidden_layers {n_layers}", types.len()),
+        });
+    }
+    let invalid = |found: &str| ConfigError::Invalid {
+        key: "layer_types".into(),
+        wanted: "full_attention or sliding_attention".into(),
+        found: found.into(),
+    };
+    let windows = types.into_iter().map(|kind| match kind {
+        "full_attention" => Ok(None),
+        "sliding_attention" => Ok(Some(config.u32("sliding_window", 1, u32::MAX)?)),
+        other => Err(invalid(other)),
+    });
+    windows.collect::<Result<_, _>>().map(Some)
 }

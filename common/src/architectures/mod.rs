@@ -2,7 +2,6 @@
 
 mod blocks;
 mod llama;
-mod mistral;
 mod mixtral;
 mod qwen2;
 mod qwen3;
@@ -12,35 +11,93 @@ use crate::{
     config::{Config, ConfigError},
     spec::ModelSpec,
 };
+use blocks::Source;
 use serde_json::Value;
+use std::fmt;
 
-type Reader = fn(&Config) -> Result<ModelSpec, ConfigError>;
+/// A `model_type` of `config.json` that we can run.
+pub struct Architecture {
+    pub model_type: &'static str,
+    pub group: Group,
+    /// What sets it apart, in a few words.
+    pub special: &'static str,
+    read: fn(Source) -> Result<ModelSpec, ConfigError>,
+}
 
-/// Every supported `model_type` with its reader.
-const ARCHITECTURES: [(&str, Reader); 6] = [
-    ("llama", llama::spec),
-    ("mistral", mistral::spec),
-    ("mixtral", mixtral::spec),
-    ("qwen2", qwen2::spec),
-    ("qwen3", qwen3::spec),
-    ("qwen3_moe", qwen3_moe::spec),
-];
+/// Families of architectures that share most of their blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    Base,
+    QwenHybrid,
+    Latent,
+    Experts,
+    Gemma,
+    StateSpace,
+    Other,
+}
+
+/// Each file's architectures.
+const FILES: &[&[Architecture]] =
+    &[llama::ARCHITECTURES, mixtral::ARCHITECTURES, qwen2::ARCHITECTURES, qwen3::ARCHITECTURES, qwen3_moe::ARCHITECTURES];
+
+/// Every supported architecture, by group and name.
+pub fn architectures() -> Vec<&'static Architecture> {
+    let mut all: Vec<_> = FILES.iter().copied().flatten().collect();
+    all.sort_by_key(|architecture| (architecture.group, architecture.model_type));
+    all
+}
 
 /// Reads the `model_type` of a config and hands it to its architecture.
 pub fn read_spec(config: &Value) -> Result<ModelSpec, ConfigError> {
     let config = Config::new(config)?;
     let model_type = config.text("model_type")?.ok_or_else(|| ConfigError::Missing { key: "model_type".into() })?;
-    match ARCHITECTURES.iter().find(|(name, _)| *name == model_type) {
-        Some((_, spec)) => spec(&config),
-        None => Err(ConfigError::UnknownModelType {
-            model_type: model_type.chars().take(80).collect(),
-            supported: supported_model_types().join(", "),
-        }),
+    match architectures().into_iter().find(|architecture| architecture.model_type == model_type) {
+        Some(architecture) => (architecture.read)(Source::new(config, model_type)),
+        None => Err(unknown(model_type)),
     }
 }
 
 pub fn supported_model_types() -> Vec<&'static str> {
-    ARCHITECTURES.iter().map(|(name, _)| *name).collect()
+    architectures().into_iter().map(|architecture| architecture.model_type).collect()
+}
+
+fn unknown(model_type: &str) -> ConfigError {
+    let nearest = architectures().into_iter().map(|architecture| architecture.model_type).min_by_key(|known| distance(known, model_type));
+    ConfigError::UnknownModelType {
+        model_type: model_type.chars().take(80).collect(),
+        nearest: nearest.unwrap_or_default(),
+        supported: architectures().len(),
+    }
+}
+
+/// Edit distance (Levenshtein 1966).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(80).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(row[j + 1] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Group::Base => "dense decoders",
+            Group::QwenHybrid => "Qwen with gated delta rule",
+            Group::Latent => "latent attention",
+            Group::Experts => "grouped queries with experts",
+            Group::Gemma => "Gemma",
+            Group::StateSpace => "state spaces and convolutions",
+            Group::Other => "others",
+        })
+    }
 }
 
 #[cfg(test)]
@@ -96,9 +153,12 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_model_type_lists_the_known_ones() {
-        let message = read_spec(&json!({"model_type": "gpt9"})).expect_err("unknown").to_string();
-        assert!(message.contains("gpt9") && message.contains("qwen3_moe"), "{message}");
+    fn an_unknown_model_type_names_the_nearest() {
+        let message = read_spec(&json!({"model_type": "qwen3-moe"})).expect_err("unknown").to_string();
+        assert!(
+            message.contains("`qwen3-moe`") && message.contains("`qwen3_moe`") && message.contains("adding-an-architecture"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -107,8 +167,8 @@ mod tests {
             let mut config = tiny("llama");
             config["rope_scaling"] = scaling;
             read_spec(&config).map(|spec| {
-                let Mixer::Attention(attention) = spec.layers[0].mixer.clone();
-                attention.rope.expect("rope").kind
+                let Mixer::Attention(attention) = &spec.layers[0].mixer else { panic!("attention") };
+                attention.rope.clone().expect("rope").kind
             })
         };
         assert_eq!(kind(Value::Null), Ok(RopeKind::Default));

@@ -1,26 +1,25 @@
 //! Qwen 2 and 2.5: Llama with biases on queries, keys and values.
 
-use super::blocks::{AttentionBias, Decoder};
+use super::{
+    Architecture, Group,
+    blocks::{AttentionBias, Decoder, Source},
+};
 use crate::{
-    config::{Config, ConfigError},
-    spec::{FeedForward, LayerSpec, Mixer, ModelSpec},
+    config::ConfigError,
+    spec::{FeedForward, Mixer, ModelSpec},
 };
 
-pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
-    let decoder = Decoder::read(config, "qwen2")?;
-    let bias = AttentionBias { qkv: true, output: false };
+pub(super) const ARCHITECTURES: &[Architecture] =
+    &[Architecture { model_type: "qwen2", group: Group::Base, special: "biases on queries, keys and values", read }];
+
+pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    let decoder = Decoder::read(source)?;
     let intermediate_size = decoder.intermediate_size()?;
-    let layers = (0..decoder.n_layers).map(|i| {
-        let path = format!("model.layers.{i}");
-        let (before_mixer, before_feed_forward) = decoder.pre_norms(&path);
-        Ok(LayerSpec {
-            before_mixer,
-            mixer: Mixer::Attention(decoder.attention(&path, bias, Some(1_000_000.0))?),
-            after_mixer: None,
-            before_feed_forward,
-            feed_forward: FeedForward::Mlp(decoder.mlp(&path, intermediate_size, false)),
-            after_feed_forward: None,
-        })
-    });
-    decoder.model(layers.collect::<Result<_, _>>()?, true)
+    let layers = decoder.layers(|_, path| {
+        let mut attention = decoder.attention(&format!("{path}.self_attn"), AttentionBias { qkv: true, output: false });
+        attention.rope = Some(decoder.rope(Some(1_000_000.0))?);
+        let mlp = decoder.mlp(&format!("{path}.mlp"), intermediate_size, false);
+        Ok(decoder.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), FeedForward::Mlp(mlp)))
+    })?;
+    decoder.model(layers, true)
 }

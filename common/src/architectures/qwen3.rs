@@ -1,26 +1,27 @@
 //! Qwen 3, dense: Llama with a norm over each head of queries and keys.
 
-use super::blocks::{AttentionBias, Decoder};
+use super::{
+    Architecture, Group,
+    blocks::{AttentionBias, Decoder, Source},
+};
 use crate::{
-    config::{Config, ConfigError},
-    spec::{FeedForward, LayerSpec, Mixer, ModelSpec},
+    config::ConfigError,
+    spec::{FeedForward, Mixer, ModelSpec},
 };
 
-pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
-    let decoder = Decoder::read(config, "qwen3")?;
-    let bias = AttentionBias { qkv: false, output: false };
+pub(super) const ARCHITECTURES: &[Architecture] =
+    &[Architecture { model_type: "qwen3", group: Group::Base, special: "a norm over each head of queries and keys", read }];
+
+pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    let decoder = Decoder::read(source)?;
     let intermediate_size = decoder.intermediate_size()?;
-    let layers = (0..decoder.n_layers).map(|i| {
-        let path = format!("model.layers.{i}");
-        let (before_mixer, before_feed_forward) = decoder.pre_norms(&path);
-        Ok(LayerSpec {
-            before_mixer,
-            mixer: Mixer::Attention(decoder.attention_with_head_norms(&path, bias, None)?),
-            after_mixer: None,
-            before_feed_forward,
-            feed_forward: FeedForward::Mlp(decoder.mlp(&path, intermediate_size, false)),
-            after_feed_forward: None,
-        })
-    });
-    decoder.model(layers.collect::<Result<_, _>>()?, false)
+    let layers = decoder.layers(|_, path| {
+        let attention_path = format!("{path}.self_attn");
+        let mut attention = decoder.attention(&attention_path, AttentionBias::NONE);
+        attention.head_norms = decoder.head_norms(&attention_path);
+        attention.rope = Some(decoder.rope(None)?);
+        let mlp = decoder.mlp(&format!("{path}.mlp"), intermediate_size, false);
+        Ok(decoder.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), FeedForward::Mlp(mlp)))
+    })?;
+    decoder.model(layers, false)
 }

@@ -1,13 +1,30 @@
 //! What a model is, as data: read from `config.json` by an architecture, built into blocks by an engine, counted by the planner.
 
+mod attention;
+mod feed_forward;
+mod layer;
+mod parameters;
 mod quantization;
+mod recurrent;
 mod rope;
 
+pub use attention::{
+    AttentionGate, AttentionSpec, HeadNorms, IndexerSpec, LatentAttentionSpec, LatentQuery, LatentUp, Projections, TemperatureSpec,
+};
+pub use feed_forward::{
+    Activation, ExpertInputs, ExpertMlpSpec, FeedForward, GroupScore, MlpInputs, MlpSpec, MoeSpec, RouterGroups, RouterScores, RouterSpec,
+    SharedExpertSpec,
+};
+pub use layer::{AlternatingUpdatesSpec, LayerInputSpec, LayerInputsSpec, LayerSpec, Mixer, Residual, StreamsSpec};
+pub use parameters::{ConvolutionSpec, EmbeddingSpec, ExpertsSpec, HeadLinearSpec, LinearSpec, NormKind, NormSpec, TensorSpec, Weight};
 pub use quantization::{Quantization, QuantizationScheme};
+pub use recurrent::{
+    GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs, StateSpaceSpec,
+};
 pub use rope::{RopeKind, RopeSpec};
 
 use crate::dtype::DType;
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 /// A decoder: embedding, layers, final norm, head.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,23 +34,20 @@ pub struct ModelSpec {
     pub hidden_size: u32,
     pub vocab_size: u32,
     pub embedding: EmbeddingSpec,
+    /// Factor on the embedding.
+    pub embedding_scale: f32,
+    pub layer_inputs: Option<LayerInputsSpec>,
+    pub streams: Option<StreamsSpec>,
     pub layers: Vec<LayerSpec>,
     pub final_norm: NormSpec,
     pub head: HeadSpec,
+    pub logits: LogitsSpec,
     pub quantization: Quantization,
     /// Longest sequence that the model was made for, where the config says.
     pub max_position_embeddings: Option<u32>,
     pub eos_token_ids: Vec<u32>,
     /// Published tensors that the computation has no use for: names that end like this.
     pub ignored_suffixes: Vec<&'static str>,
-}
-
-/// Rows of a table, one a token: `[vocab_size, dims]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct EmbeddingSpec {
-    pub path: String,
-    pub vocab_size: u32,
-    pub dims: u32,
 }
 
 /// What turns the last hidden state into logits.
@@ -44,121 +58,36 @@ pub enum HeadSpec {
     Linear(LinearSpec),
 }
 
-/// `y = x Wᵀ + b` with `W` of shape `[output_dims, input_dims]`.
+/// `softcap(head(hidden · hidden_scale) · scale)`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LinearSpec {
-    pub path: String,
-    pub input_dims: u32,
-    pub output_dims: u32,
-    pub bias: bool,
-}
-
-/// One linear an expert, stacked: `[n_experts, output_dims, input_dims]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ExpertsSpec {
-    pub path: String,
-    /// How the checkpoint names one expert's linear, with `{}` for its number, when it is not published stacked.
-    pub published: String,
-    pub n_experts: u32,
-    pub input_dims: u32,
-    pub output_dims: u32,
-}
-
-/// Root-mean-square norm over the last axis: `x / sqrt(mean(x²) + eps) · w` (Zhang and Sennrich 2019).
-#[derive(Debug, Clone, PartialEq)]
-pub struct NormSpec {
-    pub path: String,
-    pub dims: u32,
-    pub eps: f32,
-}
-
-/// A layer: `h = x + after_mixer(mixer(before_mixer(x)))`, then the same with the feed-forward. A norm that is None is left out,
-/// so pre-norm, output-norm and sandwich layers differ in data only.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerSpec {
-    pub before_mixer: Option<NormSpec>,
-    pub mixer: Mixer,
-    pub after_mixer: Option<NormSpec>,
-    pub before_feed_forward: Option<NormSpec>,
-    pub feed_forward: FeedForward,
-    pub after_feed_forward: Option<NormSpec>,
-}
-
-/// What mixes the tokens of a sequence.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Mixer {
-    Attention(AttentionSpec),
-}
-
-/// Softmax attention with grouped queries (Ainslie et al. 2023).
-#[derive(Debug, Clone, PartialEq)]
-pub struct AttentionSpec {
-    pub n_heads: u32,
-    pub n_kv_heads: u32,
-    pub head_dim: u32,
-    /// Factor on the scores.
+pub struct LogitsSpec {
+    pub hidden_scale: f32,
     pub scale: f32,
-    pub query: LinearSpec,
-    pub key: LinearSpec,
-    pub value: LinearSpec,
-    pub output: LinearSpec,
-    /// Norm over each head of the queries, before RoPE.
-    pub query_norm: Option<NormSpec>,
-    pub key_norm: Option<NormSpec>,
-    pub rope: Option<RopeSpec>,
-    /// A token sees itself and the `window - 1` tokens before it.
-    pub window: Option<u32>,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum FeedForward {
-    Mlp(MlpSpec),
-    Experts(MoeSpec),
-}
-
-/// `down(silu(gate(x)) · up(x))` (Shazeer 2020).
-#[derive(Debug, Clone, PartialEq)]
-pub struct MlpSpec {
-    pub gate: LinearSpec,
-    pub up: LinearSpec,
-    pub down: LinearSpec,
-}
-
-/// Each token goes through the `top_k` experts that its router likes best.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MoeSpec {
-    pub router: LinearSpec,
-    pub scoring: RouterScoring,
-    pub top_k: u32,
-    pub gate: ExpertsSpec,
-    pub up: ExpertsSpec,
-    pub down: ExpertsSpec,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RouterScoring {
-    /// Softmax over all experts, then the best ones; `renormalise` divides by their sum.
-    SoftmaxThenTopK { renormalise: bool },
-    /// The best ones, then softmax over them.
-    TopKThenSoftmax,
+    /// Logits become `softcap · tanh(logit / softcap)`.
+    pub softcap: Option<f32>,
 }
 
 /// A piece of a model's parameters: stages own whole parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     Embedding,
+    /// What only the first stage makes besides the embedding: per-layer inputs and further residual streams.
+    LayerInputs,
     Layer(u32),
     FinalNorm,
     Head,
 }
 
-/// A parameter group that one block needs, borrowed from the spec.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Weight<'a> {
-    Embedding(&'a EmbeddingSpec),
-    Linear(&'a LinearSpec),
-    Experts(&'a ExpertsSpec),
-    Norm(&'a NormSpec),
+/// What crosses a cut besides the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CutTensor {
+    /// The residual stream, all streams side by side.
+    Hidden,
+    /// The per-layer inputs of the layers after the cut.
+    LayerInputs,
+    /// What this layer puts into its cache for the step's tokens; layers after the cut read it too.
+    Keys(u32),
+    Values(u32),
 }
 
 impl ModelSpec {
@@ -179,6 +108,9 @@ impl ModelSpec {
         if first || (last && tied) {
             parts.push(Part::Embedding);
         }
+        if first && (self.layer_inputs.is_some() || self.streams.is_some()) {
+            parts.push(Part::LayerInputs);
+        }
         parts.extend(layers.map(Part::Layer));
         if last {
             parts.push(Part::FinalNorm);
@@ -193,8 +125,15 @@ impl ModelSpec {
     pub fn weights(&self, part: Part) -> Vec<Weight<'_>> {
         match part {
             Part::Embedding => vec![Weight::Embedding(&self.embedding)],
+            Part::LayerInputs => {
+                let inputs = self.layer_inputs.iter().flat_map(LayerInputsSpec::weights);
+                inputs.chain(self.streams.iter().flat_map(|streams| &streams.split).map(Weight::Linear)).collect()
+            }
             Part::Layer(layer) => self.layers.get(layer as usize).map(LayerSpec::weights).unwrap_or_default(),
-            Part::FinalNorm => vec![Weight::Norm(&self.final_norm)],
+            Part::FinalNorm => {
+                let join = self.streams.iter().flat_map(|streams| &streams.join).map(Weight::Linear);
+                join.chain([Weight::Norm(&self.final_norm)]).collect()
+            }
             Part::Head => match &self.head {
                 HeadSpec::Tied => Vec::new(),
                 HeadSpec::Linear(linear) => vec![Weight::Linear(linear)],
@@ -202,52 +141,76 @@ impl ModelSpec {
         }
     }
 
-    /// Bytes that the caches of these layers take for each token of a sequence.
+    /// Bytes that the caches of these layers take for each token of a sequence; what lies behind a window is not counted off.
     pub fn cache_bytes_per_token(&self, layers: Range<u32>, dtype: DType) -> u64 {
-        let layers = self.layers.get(layers.start as usize..layers.end as usize).unwrap_or_default();
-        layers.iter().map(|layer| layer.cache_elements_per_token() * dtype.size()).sum()
+        self.layers_of(layers).iter().map(|layer| layer.mixer.cache_elements_per_token() * dtype.size()).sum()
     }
 
-    /// What crosses the cut before a layer, as widths of `[tokens, width]` tensors in the model's type, by name.
-    pub fn cut_tensors(&self, _layer: u32) -> Vec<(&'static str, u32)> {
-        vec![("hidden", self.hidden_size)]
+    /// Bytes that a sequence takes in these layers however long it is. Recurrent states are kept in f32.
+    pub fn state_bytes(&self, layers: Range<u32>) -> u64 {
+        self.layers_of(layers).iter().map(|layer| layer.mixer.state_elements() * DType::F32.size()).sum()
+    }
+
+    /// Key-value heads of a layer with attention of its own.
+    pub fn kv_heads(&self, layer: u32) -> Option<u32> {
+        match &self.layers.get(layer as usize)?.mixer {
+            Mixer::Attention(spec) => Some(spec.n_kv_heads),
+            _ => None,
+        }
+    }
+
+    /// These layers; those that do not exist are left out.
+    pub fn layers_of(&self, layers: Range<u32>) -> &[LayerSpec] {
+        self.layers.get(layers.start as usize..layers.end as usize).unwrap_or_default()
+    }
+
+    /// Layers before `cut` whose keys and values layers from `cut` on read.
+    pub fn shared_across(&self, cut: u32) -> BTreeSet<u32> {
+        let after = self.layers.iter().skip(cut as usize);
+        after.filter_map(|layer| layer.mixer.source_layer()).filter(|source| *source < cut).collect()
+    }
+
+    /// What crosses the cut before layer `cut`, as widths of `[tokens, width]` tensors in the model's type.
+    pub fn cut_tensors(&self, cut: u32) -> Vec<(CutTensor, u32)> {
+        let mut tensors = vec![(CutTensor::Hidden, self.hidden_size * self.n_streams())];
+        if let Some(inputs) = &self.layer_inputs {
+            tensors.push((CutTensor::LayerInputs, inputs.dims * (self.n_layers() - cut)));
+        }
+        for source in self.shared_across(cut) {
+            if let Some(Mixer::Attention(spec)) = self.layers.get(source as usize).map(|layer| &layer.mixer) {
+                let width = spec.n_kv_heads * spec.head_dim;
+                tensors.extend([(CutTensor::Keys(source), width), (CutTensor::Values(source), width)]);
+            }
+        }
+        tensors
+    }
+
+    pub fn n_streams(&self) -> u32 {
+        self.streams.as_ref().map_or(1, |streams| streams.n)
     }
 }
 
-impl LayerSpec {
-    fn weights(&self) -> Vec<Weight<'_>> {
-        let norms = [&self.before_mixer, &self.after_mixer, &self.before_feed_forward, &self.after_feed_forward];
-        let mut weights: Vec<_> = norms.into_iter().flatten().map(Weight::Norm).collect();
-        match &self.mixer {
-            Mixer::Attention(attention) => {
-                weights.extend([&attention.query, &attention.key, &attention.value, &attention.output].map(Weight::Linear));
-                weights.extend([&attention.query_norm, &attention.key_norm].into_iter().flatten().map(Weight::Norm));
-            }
-        }
-        match &self.feed_forward {
-            FeedForward::Mlp(mlp) => weights.extend([&mlp.gate, &mlp.up, &mlp.down].map(Weight::Linear)),
-            FeedForward::Experts(moe) => {
-                weights.push(Weight::Linear(&moe.router));
-                weights.extend([&moe.gate, &moe.up, &moe.down].map(Weight::Experts));
-            }
-        }
-        weights
-    }
-
-    fn cache_elements_per_token(&self) -> u64 {
-        match &self.mixer {
-            Mixer::Attention(attention) => 2 * u64::from(attention.n_kv_heads) * u64::from(attention.head_dim),
-        }
-    }
+impl LogitsSpec {
+    pub const PLAIN: LogitsSpec = LogitsSpec { hidden_scale: 1.0, scale: 1.0, softcap: None };
 }
 
-impl Weight<'_> {
-    pub fn path(&self) -> &str {
+impl CutTensor {
+    /// Its name on the wire.
+    pub fn name(self) -> String {
         match self {
-            Weight::Embedding(embedding) => &embedding.path,
-            Weight::Linear(linear) => &linear.path,
-            Weight::Experts(experts) => &experts.path,
-            Weight::Norm(norm) => &norm.path,
+            CutTensor::Hidden => "hidden".into(),
+            CutTensor::LayerInputs => "layer_inputs".into(),
+            CutTensor::Keys(layer) => format!("keys.{layer}"),
+            CutTensor::Values(layer) => format!("values.{layer}"),
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<CutTensor> {
+        let layer = |prefix: &str| name.strip_prefix(prefix).and_then(|number| number.parse().ok());
+        match name {
+            "hidden" => Some(CutTensor::Hidden),
+            "layer_inputs" => Some(CutTensor::LayerInputs),
+            _ => layer("keys.").map(CutTensor::Keys).or_else(|| layer("values.").map(CutTensor::Values)),
         }
     }
 }

@@ -75,7 +75,7 @@ fn step(shard: &mut Shard, number: u64, start: u32, tokens: Vec<Token>, index: u
         Step { epoch: Epoch(0), number, admissions, releases: Vec::new(), segments: vec![Segment { sequence, start, tokens, output }] };
     match shard.apply(&step, None)? {
         StepOutput::Result(pending) => Ok(pending),
-        StepOutput::Hidden(_) => Err("a whole model gives tokens".into()),
+        StepOutput::Activations(_) => Err("a whole model gives tokens".into()),
     }
 }
 

@@ -1,11 +1,13 @@
 //! Decode steps as compiled pieces: everything between two caches is one function, traced once for all layers of a shape.
 //!
-//! Weights are inputs, so layers share a function. Caches stay outside: a compiled function copies what it is given, and caches are large.
+//! Weights are inputs, so layers share a function. Caches of attention stay outside: a compiled function copies what it is given, and they
+//! are large. A recurrent state is small, and its whole step is one compiled function more.
 
 use crate::{
-    blocks::{After, Before, Heads, Norm},
+    blocks::{After, Before, Entry, Exit, Flow, Layer, Mix, Recurrence},
+    cache::RecurrentState,
     error::LmError,
-    linear::{Embedding, Linear, Parameters},
+    parameters::Parameters,
 };
 use mlx_rs::{Array, error::Exception, transforms::compile::compile};
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
@@ -13,197 +15,270 @@ use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 /// Steps with more rows than this run uncompiled: each number of rows is traced anew, and wide steps are bound by the kernels anyway.
 pub const ROWS_MAX: i32 = 64;
 
-type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
+type Function = Rc<RefCell<Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>>>;
 
-/// A function with the weights it is called with.
-struct Piece {
-    function: Rc<RefCell<Function>>,
-    /// Room for the activations, then the weights.
-    inputs: RefCell<Vec<Array>>,
-    activations: usize,
-}
-
-impl Piece {
-    fn call<const N: usize>(&self, activations: [&Array; N]) -> Result<Vec<Array>, LmError> {
-        debug_assert_eq!(N, self.activations);
-        let mut inputs = self.inputs.borrow_mut();
-        for (slot, activation) in inputs.iter_mut().zip(activations) {
-            *slot = activation.clone();
-        }
-        Ok((self.function.borrow_mut())(&inputs)?)
-    }
+/// What stands before the first layer and after the last one of a shard.
+#[derive(Clone, Default)]
+pub struct Ends {
+    /// On the first stage.
+    pub entry: Option<Entry>,
+    /// On the last stage.
+    pub exit: Option<Exit>,
 }
 
 /// The pieces of a shard, in the order of the computation.
 pub struct Pieces {
-    entry: Piece,
-    /// Between one layer's cache and the next one's.
-    between: Vec<Piece>,
-    exit: Piece,
+    /// One more than there are caches.
+    pieces: Vec<Piece>,
+    /// For each cache: its layer, and its step where it is a recurrence.
+    mixes: Vec<(usize, Option<CompiledStep>)>,
 }
 
-/// What stands before the first layer and after the last one.
+/// A function with the weights it is called with.
+struct Piece {
+    function: Function,
+    weights: Vec<Array>,
+    /// What it gives.
+    gives: Counts,
+}
+
+/// How many arrays of each kind cross the border of a piece, besides the stream itself.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    layer_inputs: usize,
+    /// Into a piece: what comes out of a cache. Out of it: what goes there.
+    mixed: usize,
+    beside: usize,
+}
+
+/// What is computed between two caches.
 #[derive(Clone)]
-pub struct Ends {
-    /// On the first stage.
-    pub embedding: Option<Embedding>,
-    /// On the last stage.
-    pub head: Option<(Norm, Head)>,
+enum Fragment {
+    Entry(Box<Entry>),
+    Before(Box<Before>),
+    After(Box<After>),
+    Exit(Box<Exit>),
 }
 
-/// Hidden states to logits.
-#[derive(Debug, Clone)]
-pub enum Head {
-    Tied(Embedding),
-    Linear(Linear),
+/// What goes from piece to piece.
+struct Stream {
+    x: Array,
+    layer_inputs: Option<Array>,
+    flow: Flow,
 }
 
-impl Head {
-    /// `[.., D] -> [.., V]`
-    pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
-        match self {
-            Head::Tied(embedding) => embedding.as_linear(x),
-            Head::Linear(linear) => linear.forward(x),
+impl Pieces {
+    /// Nothing is traced yet: that happens at the first call for each number of rows. `takes_layer_inputs`: they come from the stage before.
+    pub fn new(layers: &[Layer], ends: &Ends, takes_layer_inputs: bool) -> Self {
+        let mut functions: BTreeMap<String, Function> = BTreeMap::new();
+        let mut fragments: Vec<Fragment> = ends.entry.iter().map(|entry| Fragment::Entry(Box::new(entry.clone()))).collect();
+        let (mut pieces, mut mixes) = (Vec::new(), Vec::new());
+        let mut takes = Counts { layer_inputs: usize::from(takes_layer_inputs), ..Counts::default() };
+        for (number, layer) in layers.iter().enumerate() {
+            fragments.push(Fragment::Before(Box::new(layer.before.clone())));
+            if let Some(mix) = &layer.mix {
+                let (takes_by_mix, _) = layer.before.arity();
+                let piece = Piece::new(std::mem::take(&mut fragments), takes, &mut functions);
+                takes = Counts {
+                    layer_inputs: takes.layer_inputs.max(piece.gives.layer_inputs),
+                    mixed: mix.outputs(),
+                    beside: piece.gives.beside,
+                };
+                pieces.push(piece);
+                mixes.push((number, CompiledStep::of(mix, &layer.before.signature(), takes_by_mix, &mut functions)));
+            }
+            fragments.push(Fragment::After(Box::new(layer.after.clone())));
         }
+        fragments.extend(ends.exit.iter().map(|exit| Fragment::Exit(Box::new(exit.clone()))));
+        pieces.push(Piece::new(fragments, takes, &mut functions));
+        Self { pieces, mixes }
+    }
+
+    /// Runs a decode step: `input` are token ids `[B, 1]` on the first stage, hidden states `[B, 1, D]` on others. Gives logits `[B, 1, V]`
+    /// on the last stage, hidden states on others, and the per-layer inputs. `mix(layer, flow, step)` runs a layer's mixer over its caches.
+    pub fn run(
+        &self,
+        input: &Array,
+        layer_inputs: Option<Array>,
+        offsets: &Array,
+        mut mix: impl FnMut(usize, &Flow, Option<&CompiledStep>) -> Result<Vec<Array>, LmError>,
+    ) -> Result<(Array, Option<Array>), LmError> {
+        let mut stream = Stream { x: input.clone(), layer_inputs, flow: Flow::default() };
+        for (i, piece) in self.pieces.iter().enumerate() {
+            stream = piece.call(stream, offsets)?;
+            if let Some((layer, step)) = self.mixes.get(i) {
+                stream.flow.mixed = mix(*layer, &stream.flow, step.as_ref())?;
+            }
+        }
+        Ok((stream.x, stream.layer_inputs))
     }
 }
 
-impl Parameters for Head {
+impl Piece {
+    fn new(fragments: Vec<Fragment>, takes: Counts, functions: &mut BTreeMap<String, Function>) -> Self {
+        let mut weights = Vec::new();
+        fragments.iter().for_each(|fragment| fragment.each(&mut |array| weights.push(array.clone())));
+        let made = fragments.iter().any(|fragment| matches!(fragment, Fragment::Entry(entry) if entry.makes_layer_inputs()));
+        let (mixed, beside) = match fragments.last() {
+            Some(Fragment::Before(before)) => before.arity(),
+            _ => (0, 0),
+        };
+        let signature: String = fragments.iter().map(|fragment| fragment.signature() + "; ").collect();
+        let function = functions.entry(format!("{takes:?} {signature}")).or_insert_with(|| compiled(fragments, takes));
+        Self { function: Rc::clone(function), weights, gives: Counts { layer_inputs: usize::from(made), mixed, beside } }
+    }
+
+    fn call(&self, stream: Stream, offsets: &Array) -> Result<Stream, LmError> {
+        let Stream { x, layer_inputs, flow } = stream;
+        let mut inputs = Vec::with_capacity(self.weights.len() + flow.mixed.len() + flow.beside.len() + 3);
+        inputs.extend([x, offsets.clone()]);
+        inputs.extend(layer_inputs.clone());
+        inputs.extend(flow.mixed);
+        inputs.extend(flow.beside);
+        inputs.extend(self.weights.iter().cloned());
+        let mut outputs = (self.function.borrow_mut())(&inputs)?.into_iter();
+        let mut take = |n: usize| outputs.by_ref().take(n).collect::<Vec<_>>();
+        let (mut x, mut made) = (take(1), take(self.gives.layer_inputs));
+        let flow = Flow { mixed: take(self.gives.mixed), beside: take(self.gives.beside) };
+        let x = x.pop().ok_or_else(|| LmError::Mlx("a compiled piece gave nothing".into()))?;
+        Ok(Stream { x, layer_inputs: made.pop().or(layer_inputs), flow })
+    }
+}
+
+impl Fragment {
+    fn signature(&self) -> String {
+        match self {
+            // Each occurs once in a shard.
+            Fragment::Entry(_) => "entry".into(),
+            Fragment::Exit(_) => "exit".into(),
+            Fragment::Before(before) => format!("before {}", before.signature()),
+            Fragment::After(after) => format!("after {}", after.signature()),
+        }
+    }
+
+    /// Moves the stream on; gives the per-layer inputs if it makes them.
+    fn run(&self, stream: &mut Stream, offsets: &Array) -> Result<Option<Array>, LmError> {
+        match self {
+            Fragment::Entry(entry) => {
+                let (x, layer_inputs) = entry.forward(&stream.x)?;
+                stream.x = x;
+                stream.layer_inputs.clone_from(&layer_inputs);
+                return Ok(layer_inputs);
+            }
+            Fragment::Before(before) => stream.flow = before.forward(&stream.x, offsets)?,
+            Fragment::After(after) => {
+                let flow = std::mem::take(&mut stream.flow);
+                stream.x = after.forward(&flow.mixed, &flow.beside, &stream.x, stream.layer_inputs.as_ref())?;
+            }
+            Fragment::Exit(exit) => stream.x = exit.forward(&stream.x)?,
+        }
+        Ok(None)
+    }
+}
+
+/// The fragments one after the other, as a function of `[x, offsets, layer inputs, mixed.., beside.., weights..]`.
+fn compiled(fragments: Vec<Fragment>, takes: Counts) -> Function {
+    function(move |inputs: &[Array]| {
+        let mut inputs = inputs.iter();
+        let mut next = || inputs.next().cloned().ok_or_else(|| LmError::Mlx("a compiled piece got too few arrays".into()));
+        let (x, offsets) = (next()?, next()?);
+        let mut take = |n: usize| (0..n).map(|_| next()).collect::<Result<Vec<_>, _>>();
+        let layer_inputs = take(takes.layer_inputs)?.pop();
+        let flow = Flow { mixed: take(takes.mixed)?, beside: take(takes.beside)? };
+        let mut stream = Stream { x, layer_inputs, flow };
+        let mut made = None;
+        for fragment in &fragments {
+            let mut traced = fragment.clone();
+            replace(&mut traced, &mut next)?;
+            made = traced.run(&mut stream, &offsets)?.or(made);
+        }
+        Ok([stream.x].into_iter().chain(made).chain(stream.flow.mixed).chain(stream.flow.beside).collect())
+    })
+}
+
+/// Puts the next arrays in the place of a block's own.
+fn replace(block: &mut impl Parameters, next: &mut impl FnMut() -> Result<Array, LmError>) -> Result<(), LmError> {
+    let mut missing = None;
+    block.each_mut(&mut |array| match next() {
+        Ok(input) => *array = input,
+        Err(error) => missing = Some(error),
+    });
+    missing.map_or(Ok(()), Err)
+}
+
+fn function(mut body: impl FnMut(&[Array]) -> Result<Vec<Array>, LmError> + 'static) -> Function {
+    let traced = move |inputs: &[Array]| body(inputs).map_err(|error| Exception::custom(error.to_string()));
+    Rc::new(RefCell::new(Box::new(compile(traced, false))))
+}
+
+/// One token of one sequence through a recurrence.
+pub struct CompiledStep {
+    function: Function,
+    recurrence: Recurrence,
+    /// `[rows.., state..]` come before them.
+    weights: Vec<Array>,
+}
+
+impl CompiledStep {
+    /// None for mixers that are no recurrence.
+    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Option<Self> {
+        let Mix::Recurrent(recurrence) = mix else {
+            return None;
+        };
+        let recurrence = (**recurrence).clone();
+        let mut weights = Vec::new();
+        recurrence.each(&mut |array| weights.push(array.clone()));
+        let function = functions.entry(format!("step {signature}")).or_insert_with(|| compiled_step(recurrence.clone(), arity));
+        Some(Self { function: Rc::clone(function), recurrence, weights })
+    }
+
+    /// `rows` of one token (`B` and `L` are 1).
+    pub fn run(&self, rows: &[Array], state: &mut RecurrentState) -> Result<Array, LmError> {
+        if state.arrays.is_empty() {
+            // The first token sets the state's types, which a compiled step keeps.
+            return self.recurrence.forward(rows, state);
+        }
+        let inputs: Vec<Array> = rows.iter().cloned().chain(state.arrays.drain(..)).chain(self.weights.iter().cloned()).collect();
+        let mut outputs = (self.function.borrow_mut())(&inputs)?;
+        if outputs.is_empty() {
+            return Err(LmError::Mlx("a compiled step gave nothing".into()));
+        }
+        state.arrays = outputs.split_off(1);
+        Ok(outputs.swap_remove(0))
+    }
+}
+
+/// A recurrence's step as a function of `[rows.., state.., weights..]`.
+fn compiled_step(recurrence: Recurrence, arity: usize) -> Function {
+    let mut n_weights = 0;
+    recurrence.each(&mut |_| n_weights += 1);
+    function(move |inputs: &[Array]| {
+        let (rows, rest) = inputs.split_at(arity.min(inputs.len()));
+        let (state, weights) = rest.split_at(rest.len().saturating_sub(n_weights));
+        let mut weights = weights.iter();
+        let mut traced = recurrence.clone();
+        replace(&mut traced, &mut || weights.next().cloned().ok_or_else(|| LmError::Mlx("a compiled step got too few arrays".into())))?;
+        let (y, moved) = traced.step(rows, state)?;
+        Ok([y].into_iter().chain(moved).collect())
+    })
+}
+
+impl Parameters for Fragment {
     fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
         match self {
-            Head::Tied(embedding) => embedding.each(visit),
-            Head::Linear(linear) => linear.each(visit),
+            Fragment::Entry(entry) => entry.each(visit),
+            Fragment::Before(before) => before.each(visit),
+            Fragment::After(after) => after.each(visit),
+            Fragment::Exit(exit) => exit.each(visit),
         }
     }
 
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         match self {
-            Head::Tied(embedding) => embedding.each_mut(visit),
-            Head::Linear(linear) => linear.each_mut(visit),
+            Fragment::Entry(entry) => entry.each_mut(visit),
+            Fragment::Before(before) => before.each_mut(visit),
+            Fragment::After(after) => after.each_mut(visit),
+            Fragment::Exit(exit) => exit.each_mut(visit),
         }
     }
-}
-
-impl Pieces {
-    /// Nothing is traced yet: that happens at the first call for each number of rows.
-    pub fn new(layers: &[crate::blocks::Layer], ends: &Ends) -> Option<Self> {
-        let (first, last) = (layers.first()?, layers.last()?);
-        let mut functions: BTreeMap<String, Rc<RefCell<Function>>> = BTreeMap::new();
-        let between = layers.windows(2).map(|pair| {
-            let (after, before) = (&pair[0].after, &pair[1].before);
-            let signature = format!("{} {}", after.signature(), before.signature());
-            let function = functions.entry(signature).or_insert_with(|| shared(between(after.clone(), before.clone())));
-            piece(function, 3, &[after, before])
-        });
-        let between = between.collect();
-        let entry = match &ends.embedding {
-            Some(embedding) => piece(&shared(embed(embedding.clone(), first.before.clone())), 2, &[embedding, &first.before]),
-            None => piece(&shared(enter(first.before.clone())), 2, &[&first.before]),
-        };
-        let exit = match &ends.head {
-            Some((norm, head)) => piece(&shared(finish(last.after.clone(), norm.clone(), head.clone())), 2, &[&last.after, norm, head]),
-            None => piece(&shared(leave(last.after.clone())), 2, &[&last.after]),
-        };
-        Some(Self { entry, between, exit })
-    }
-
-    /// Runs a decode step: `input` are token ids `[B, 1]` on the first stage, hidden states `[B, 1, D]` on others. Gives logits `[B, 1, V]`
-    /// on the last stage, hidden states on others. `attend(layer, heads)` runs a layer's attention over its caches.
-    pub fn run(
-        &self,
-        input: &Array,
-        offsets: &Array,
-        mut attend: impl FnMut(usize, &Heads) -> Result<Array, LmError>,
-    ) -> Result<Array, LmError> {
-        let (mut x, heads) = split_entry(self.entry.call([input, offsets])?, input)?;
-        let mut attended = attend(0, &heads)?;
-        for (i, piece) in self.between.iter().enumerate() {
-            let (next, heads) = split_entry(piece.call([&attended, &x, offsets])?, &x)?;
-            x = next;
-            attended = attend(i + 1, &heads)?;
-        }
-        self.exit.call([&attended, &x])?.pop().ok_or_else(|| LmError::Mlx("a compiled piece gave nothing".into()))
-    }
-}
-
-fn shared(function: Function) -> Rc<RefCell<Function>> {
-    Rc::new(RefCell::new(function))
-}
-
-fn piece(function: &Rc<RefCell<Function>>, activations: usize, weights: &[&dyn Parameters]) -> Piece {
-    let mut inputs = vec![Array::from_int(0); activations];
-    weights.iter().for_each(|part| part.each(&mut |array| inputs.push(array.clone())));
-    Piece { function: Rc::clone(function), inputs: RefCell::new(inputs), activations }
-}
-
-/// `[x, queries, keys, values]`; an entry without embedding leaves `x` out, since it is its input.
-fn split_entry(mut outputs: Vec<Array>, input: &Array) -> Result<(Array, Heads), LmError> {
-    let x = if outputs.len() == 4 { outputs.remove(0) } else { input.clone() };
-    match <[Array; 3]>::try_from(outputs) {
-        Ok([queries, keys, values]) => Ok((x, Heads { queries, keys, values })),
-        Err(outputs) => Err(LmError::Mlx(format!("a compiled piece gave {} arrays", outputs.len()))),
-    }
-}
-
-/// A copy of `block` whose arrays are the next ones of `inputs`.
-fn with_inputs<T: Parameters + Clone>(block: &T, inputs: &mut std::slice::Iter<Array>) -> T {
-    let mut traced = block.clone();
-    traced.each_mut(&mut |array| {
-        if let Some(input) = inputs.next() {
-            *array = input.clone();
-        }
-    });
-    traced
-}
-
-fn compiled(mut body: impl FnMut(&[Array]) -> Result<Vec<Array>, LmError> + 'static) -> Function {
-    let traced = move |inputs: &[Array]| body(inputs).map_err(|error| Exception::custom(error.to_string()));
-    Box::new(compile(traced, false))
-}
-
-fn heads_of(x: Option<Array>, heads: Heads) -> Vec<Array> {
-    x.into_iter().chain([heads.queries, heads.keys, heads.values]).collect()
-}
-
-fn embed(embedding: Embedding, before: Before) -> Function {
-    compiled(move |inputs| {
-        let (ids, offsets, mut weights) = (&inputs[0], &inputs[1], inputs[2..].iter());
-        let (embedding, before) = (with_inputs(&embedding, &mut weights), with_inputs(&before, &mut weights));
-        let x = embedding.forward(ids)?;
-        let heads = before.forward(&x, offsets)?;
-        Ok(heads_of(Some(x), heads))
-    })
-}
-
-fn enter(before: Before) -> Function {
-    compiled(move |inputs| {
-        let before = with_inputs(&before, &mut inputs[2..].iter());
-        Ok(heads_of(None, before.forward(&inputs[0], &inputs[1])?))
-    })
-}
-
-fn between(after: After, before: Before) -> Function {
-    compiled(move |inputs| {
-        let (attended, x, offsets, mut weights) = (&inputs[0], &inputs[1], &inputs[2], inputs[3..].iter());
-        let (after, before) = (with_inputs(&after, &mut weights), with_inputs(&before, &mut weights));
-        let x = after.forward(attended, x)?;
-        let heads = before.forward(&x, offsets)?;
-        Ok(heads_of(Some(x), heads))
-    })
-}
-
-fn leave(after: After) -> Function {
-    compiled(move |inputs| {
-        let after = with_inputs(&after, &mut inputs[2..].iter());
-        Ok(vec![after.forward(&inputs[0], &inputs[1])?])
-    })
-}
-
-fn finish(after: After, norm: Norm, head: Head) -> Function {
-    compiled(move |inputs| {
-        let mut weights = inputs[2..].iter();
-        let (after, norm, head) = (with_inputs(&after, &mut weights), with_inputs(&norm, &mut weights), with_inputs(&head, &mut weights));
-        let x = after.forward(&inputs[0], &inputs[1])?;
-        Ok(vec![head.forward(&norm.forward(&x)?)?])
-    })
 }

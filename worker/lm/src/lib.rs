@@ -1,5 +1,6 @@
 //! The maths of one shard: weights, blocks, caches, sampling on MLX. Knows nothing of processes, networks or the cluster.
 
+pub mod activations;
 pub mod blocks;
 pub mod cache;
 pub mod compiled;
@@ -7,9 +8,11 @@ pub mod error;
 pub mod ffi;
 pub mod linear;
 pub mod packing;
+pub mod parameters;
 pub mod probe;
 pub mod rope;
 pub mod sample;
+mod sequences;
 pub mod shard;
 pub mod weights;
 

@@ -1,28 +1,8 @@
 //! Matrices with learned entries: linears, embeddings and stacks of experts, dense or quantised.
 
-use crate::{error::LmError, weights::Weights};
+use crate::{error::LmError, parameters::Parameters, weights::Weights};
 use mlx_cluster_common::spec::{EmbeddingSpec, ExpertsSpec, LinearSpec, Quantization, QuantizationScheme};
 use mlx_rs::{Array, ops};
-
-/// Anything that holds parameters. Compiled pieces swap the arrays for traced ones, so the order must be fixed.
-pub trait Parameters {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array));
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array));
-}
-
-impl<T: Parameters> Parameters for Option<T> {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        if let Some(inner) = self {
-            inner.each(visit);
-        }
-    }
-
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        if let Some(inner) = self {
-            inner.each_mut(visit);
-        }
-    }
-}
 
 /// A matrix `[.., output, input]` as the checkpoint holds it.
 #[derive(Debug, Clone)]

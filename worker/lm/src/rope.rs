@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021) with its stretched kinds; the formulas are those of mlx-lm's `rope_utils.py`.
 
-use crate::{error::LmError, linear::Parameters};
+use crate::{error::LmError, parameters::Parameters};
 use mlx_cluster_common::spec::{RopeKind, RopeSpec};
 use mlx_rs::{Array, fast, ops};
 use std::f64::consts::PI;

@@ -1,40 +1,49 @@
 //! Consecutive layers of a model with the caches of all sequences: applies steps in order.
 
 use crate::{
-    blocks::{Heads, Layer, Norm},
-    cache::KvCache,
-    compiled::{Ends, Head, Pieces, ROWS_MAX},
+    activations::{Activations, heads_to_rows, rows_to_heads},
+    blocks::{Entry, Exit, Flow, Layer, Mix, over_spans, own_rows},
+    cache::Cache,
+    compiled::{CompiledStep, Ends, Pieces, ROWS_MAX},
     error::LmError,
     ffi,
-    linear::{Embedding, Linear},
+    linear::Embedding,
     packing::{Packing, Span},
     sample::{Draw, PromptProbabilities, Sampled, Sampler},
+    sequences::{CacheSlots, Sequences, StepCaches},
     weights::Weights,
 };
 use mlx_cluster_common::{
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
-    spec::{HeadSpec, ModelSpec},
+    spec::{CutTensor, HeadSpec, ModelSpec, Residual},
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
 };
 use mlx_rs::{Array, ops, transforms};
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// A stage's part of the model.
 pub struct Shard {
-    hidden_size: i32,
-    vocab_size: u32,
+    spec: ModelSpec,
+    /// Of the model's layers.
+    range: Range<u32>,
     layers: Vec<Layer>,
     ends: Ends,
     pieces: Option<Pieces>,
-    sequences: BTreeMap<SequenceId, Vec<KvCache>>,
+    slots: CacheSlots,
+    /// Layers whose keys and values later stages read too.
+    passed_on: BTreeSet<u32>,
+    sequences: Sequences,
     sampler: Sampler,
 }
 
 /// What a step leaves.
 pub enum StepOutput {
-    /// The residual stream for the next stage, `[tokens, D]`, still lazy.
-    Hidden(Array),
+    /// For the next stage, still lazy.
+    Activations(Activations),
     /// On the last stage.
     Result(PendingResult),
 }
@@ -51,32 +60,30 @@ pub struct PendingResult {
 impl Shard {
     /// Builds the blocks for `layers` from weights that hold exactly their parts.
     pub fn new(spec: &ModelSpec, layers: Range<u32>, mut weights: Weights) -> Result<Self, LmError> {
-        let quantization = &spec.quantization;
         let (first, last) = (layers.start == 0, layers.end == spec.n_layers());
         let tied = spec.head == HeadSpec::Tied;
-        let embedding = (first || (last && tied)).then(|| Embedding::load(&mut weights, &spec.embedding, quantization)).transpose()?;
-        let specs = spec.layers.get(layers.start as usize..layers.end as usize).unwrap_or_default();
-        let blocks = specs.iter().map(|layer| Layer::load(&mut weights, layer, quantization)).collect::<Result<Vec<_>, _>>()?;
-        let head = match (&spec.head, last, &embedding) {
-            (_, false, _) => None,
-            (HeadSpec::Linear(linear), true, _) => Some(Head::Linear(Linear::load(&mut weights, linear, quantization)?)),
-            (HeadSpec::Tied, true, Some(embedding)) => Some(Head::Tied(embedding.clone())),
-            (HeadSpec::Tied, true, None) => return Err(LmError::NotLoaded { name: spec.embedding.path.clone() }),
-        };
-        let head = match head {
-            Some(head) => Some((Norm::load(&mut weights, &spec.final_norm)?, head)),
-            None => None,
-        };
+        let embedding =
+            (first || (last && tied)).then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
+        let mut blocks = Vec::new();
+        for (number, layer) in (layers.start..).zip(spec.layers_of(layers.clone())) {
+            let mut block = Layer::load(&mut weights, spec, number, layer)?;
+            block.set_first_layer(layers.start)?;
+            blocks.push(block);
+        }
+        let exit = last.then(|| Exit::load(&mut weights, spec, embedding.as_ref())).transpose()?;
+        let entry = embedding.filter(|_| first).map(|embedding| Entry::load(&mut weights, spec, embedding)).transpose()?;
         weights.finish()?;
-        let ends = Ends { embedding: embedding.filter(|_| first), head };
-        let pieces = Pieces::new(&blocks, &ends);
+        let ends = Ends { entry, exit };
+        let pieces = Pieces::new(&blocks, &ends, !first && spec.layer_inputs.is_some());
         Ok(Self {
-            hidden_size: spec.hidden_size as i32,
-            vocab_size: spec.vocab_size,
+            slots: CacheSlots::new(spec, layers.clone())?,
+            passed_on: spec.shared_across(layers.end),
+            spec: spec.clone(),
+            range: layers,
             layers: blocks,
             ends,
-            pieces,
-            sequences: BTreeMap::new(),
+            pieces: Some(pieces),
+            sequences: Sequences::default(),
             sampler: Sampler::default(),
         })
     }
@@ -105,12 +112,12 @@ impl Shard {
         for (number, segments) in steps.into_iter().enumerate() {
             let admissions = if number == 0 { sequences.map(admission).to_vec() } else { Vec::new() };
             let step = Step { epoch: Epoch(0), number: number as u64, admissions, releases: Vec::new(), segments };
-            let hidden = match self.ends.embedding {
+            let input = match self.ends.entry {
                 Some(_) => None,
-                None => Some(ops::zeros_dtype(&[step.tokens() as i32, self.hidden_size], mlx_rs::Dtype::Float32)?),
+                None => Some(self.made_up_input(step.tokens() as i32)?),
             };
-            match self.apply(&step, hidden)? {
-                StepOutput::Hidden(hidden) => hidden.eval()?,
+            match self.apply(&step, input)? {
+                StepOutput::Activations(activations) => transforms::eval(activations.tensors.values())?,
                 StepOutput::Result(pending) => drop(pending.read()?),
             }
         }
@@ -124,37 +131,52 @@ impl Shard {
         self.sampler.clear();
     }
 
-    /// Applies a step. `hidden` `[tokens, D]` is what the stage before made of it; None on the first stage. The output is lazy.
-    pub fn apply(&mut self, step: &Step, hidden: Option<Array>) -> Result<StepOutput, LmError> {
+    fn made_up_input(&self, tokens: i32) -> Result<Activations, LmError> {
+        let zeros = |(tensor, width): (CutTensor, u32)| {
+            Ok::<_, LmError>((tensor, ops::zeros_dtype(&[tokens, width as i32], mlx_rs::Dtype::Float32)?))
+        };
+        Ok(Activations { tensors: self.spec.cut_tensors(self.range.start).into_iter().map(zeros).collect::<Result<_, _>>()? })
+    }
+
+    /// Applies a step. `input` is what the stage before made of it; None on the first stage. The output is lazy.
+    pub fn apply(&mut self, step: &Step, input: Option<Activations>) -> Result<StepOutput, LmError> {
         self.admit_and_release(step)?;
-        let is_last = self.ends.head.is_some();
+        let is_last = self.ends.exit.is_some();
         if step.segments.is_empty() {
             return match is_last {
                 true => Ok(StepOutput::Result(self.nothing(step))),
-                false => Ok(StepOutput::Hidden(ops::zeros_dtype(&[0, self.hidden_size], mlx_rs::Dtype::Float32)?)),
+                false => Ok(StepOutput::Activations(self.empty_activations()?)),
             };
         }
         let packing = Packing::of(step);
-        let input = self.input(step, &packing, hidden)?;
+        let (x, layer_inputs) = self.stream(step, &packing, input.as_ref())?;
         let rows = output_rows(step, &packing);
         let all_rows = rows.len() as i32 == packing.tokens();
-        let mut caches = Caches::check_out(&mut self.sequences, step)?;
+        let mut run = Run { packing: &packing, caches: self.sequences.check_out(step)?, passed_on: BTreeMap::new() };
+        if let Some(input) = &input {
+            self.append_copies(input, &mut run)?;
+        }
         let compiled = self.pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
+        let is_compiled = compiled.is_some();
         let output = match compiled {
-            Some(pieces) => Some(pieces.run(&input, &packing.offsets, |layer, heads| caches.attend(&self.layers, layer, heads, &packing))?),
-            None if is_last && !all_rows && ends_only(step) => self.forward_to_ends(&input, step, &packing, &mut caches)?,
-            None => Some(self.forward(&input, &packing, &mut caches)?),
-        };
-        let written = caches.check_in(&mut self.sequences, is_last && rows.is_empty());
-        // The last layer may have been run for the rows that are read alone.
-        let flat = output.map(|output| output.reshape(&[-1, output.dim(-1)])).transpose()?;
-        let logits = match flat {
-            Some(flat) if !is_last => return Ok(StepOutput::Hidden(flat)),
-            Some(flat) if compiled.is_some() => Some(flat),
-            Some(flat) if !rows.is_empty() => {
-                let is_chosen = flat.dim(0) == rows.len() as i32;
-                Some(self.logits(&flat, &rows, is_chosen)?)
+            Some(pieces) => {
+                Some(pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, compiled))?)
             }
+            None if is_last && !all_rows && ends_only(step) && self.can_end_early() => {
+                self.forward_to_ends(&x, layer_inputs, step, &mut run)?.map(|x| (x, None))
+            }
+            None => Some(self.forward(&x, layer_inputs, &mut run)?),
+        };
+        let Run { caches, passed_on, .. } = run;
+        let written = self.sequences.check_in(caches, is_last && rows.is_empty());
+        if !is_last {
+            return Ok(StepOutput::Activations(self.activations(output, input, passed_on, &packing)?));
+        }
+        let flat = output.map(|(x, _)| x.reshape(&[-1, x.dim(-1)])).transpose()?;
+        let logits = match flat {
+            Some(flat) if is_compiled => Some(flat),
+            // The last layer may have been run for the rows that are read alone.
+            Some(flat) if !rows.is_empty() => Some(self.logits(&flat, &rows, flat.dim(0) == rows.len() as i32)?),
             _ => None,
         };
         Ok(StepOutput::Result(self.outputs(step, logits, written)?))
@@ -162,36 +184,80 @@ impl Shard {
 
     fn admit_and_release(&mut self, step: &Step) -> Result<(), LmError> {
         for sequence in &step.releases {
-            self.sequences.remove(sequence);
+            self.sequences.release(*sequence);
             self.sampler.release(*sequence);
         }
         for admission in &step.admissions {
-            self.sequences.insert(admission.sequence, vec![KvCache::default(); self.layers.len()]);
-            if self.ends.head.is_some() {
-                self.sampler.admit(admission.sequence, admission.params.clone(), self.vocab_size)?;
+            self.sequences.admit(admission.sequence, &self.slots);
+            if self.ends.exit.is_some() {
+                self.sampler.admit(admission.sequence, admission.params.clone(), self.spec.vocab_size)?;
             }
         }
         Ok(())
+    }
+
+    fn empty_activations(&self) -> Result<Activations, LmError> {
+        let zeros =
+            |(tensor, width): (CutTensor, u32)| Ok::<_, LmError>((tensor, ops::zeros_dtype(&[0, width as i32], mlx_rs::Dtype::Float32)?));
+        Ok(Activations { tensors: self.spec.cut_tensors(self.range.end).into_iter().map(zeros).collect::<Result<_, _>>()? })
     }
 
     fn nothing(&self, step: &Step) -> PendingResult {
         PendingResult { step: (step.epoch, step.number), sampled: None, prompts: Vec::new(), written: Vec::new() }
     }
 
-    /// Token ids `[B, L]` on the first stage, the hidden states as `[B, L, D]` on others.
-    fn input(&self, step: &Step, packing: &Packing, hidden: Option<Array>) -> Result<Array, LmError> {
-        match (&self.ends.embedding, hidden) {
-            (Some(_), None) => Ok(self.token_ids(step)?.reshape(&[packing.batch, packing.length])?),
-            (None, Some(hidden)) => {
-                let wanted = [packing.tokens(), self.hidden_size];
-                if hidden.shape() != wanted {
-                    return Err(LmError::WrongInput { wanted: format!("{wanted:?}"), found: format!("{:?}", hidden.shape()) });
-                }
-                Ok(hidden.reshape(&[packing.batch, packing.length, self.hidden_size])?)
+    /// Token ids `[B, L]` on the first stage; on others the hidden states as `[B, L, D]`, and the per-layer inputs `[B, L, layers, dims]`.
+    fn stream(&self, step: &Step, packing: &Packing, input: Option<&Activations>) -> Result<(Array, Option<Array>), LmError> {
+        match (&self.ends.entry, input) {
+            (Some(_), None) => Ok((self.token_ids(step)?.reshape(&[packing.batch, packing.length])?, None)),
+            (None, Some(input)) => {
+                input.check(&self.spec, self.range.start, packing.tokens())?;
+                let x = input.get(CutTensor::Hidden)?.reshape(&[packing.batch, packing.length, -1])?;
+                let layer_inputs = self.spec.layer_inputs.as_ref().map(|inputs| {
+                    let rows = input.get(CutTensor::LayerInputs)?;
+                    Ok::<_, LmError>(rows.reshape(&[packing.batch, packing.length, -1, inputs.dims as i32])?)
+                });
+                Ok((x, layer_inputs.transpose()?))
             }
             (Some(_), Some(_)) => Err(LmError::WrongInput { wanted: "token ids".into(), found: "activations".into() }),
             (None, None) => Err(LmError::WrongInput { wanted: "activations".into(), found: "none".into() }),
         }
+    }
+
+    /// Takes in what layers of earlier stages have put into caches that layers here read.
+    fn append_copies(&self, input: &Activations, run: &mut Run) -> Result<(), LmError> {
+        for source in self.slots.copied_layers() {
+            let heads = self.spec.kv_heads(source).ok_or_else(|| LmError::Mlx(format!("layer {source} has no keys")))? as i32;
+            let keys = rows_to_heads(input.get(CutTensor::Keys(source))?, heads, run.packing)?;
+            let values = rows_to_heads(input.get(CutTensor::Values(source))?, heads, run.packing)?;
+            run.caches.append_copy(&self.slots, source, &keys, &values, run.packing)?;
+        }
+        Ok(())
+    }
+
+    /// What the next stage needs.
+    fn activations(
+        &self,
+        output: Option<(Array, Option<Array>)>,
+        input: Option<Activations>,
+        mut passed_on: BTreeMap<CutTensor, Array>,
+        packing: &Packing,
+    ) -> Result<Activations, LmError> {
+        let (x, layer_inputs) = output.ok_or_else(|| LmError::Mlx("a stage gave nothing".into()))?;
+        let mut tensors = BTreeMap::from([(CutTensor::Hidden, x.reshape(&[packing.tokens(), -1])?)]);
+        if let Some(inputs) = layer_inputs {
+            let own = self.layers.len() as i32;
+            let rest = ffi::slice(&inputs, &[0, 0, own, 0], inputs.shape())?;
+            tensors.insert(CutTensor::LayerInputs, rest.reshape(&[packing.tokens(), -1])?);
+        }
+        for source in &self.passed_on {
+            for tensor in [CutTensor::Keys(*source), CutTensor::Values(*source)] {
+                let own = passed_on.remove(&tensor);
+                let array = own.or_else(|| input.as_ref().and_then(|input| input.tensors.get(&tensor).cloned()));
+                tensors.insert(tensor, array.ok_or_else(|| LmError::Mlx(format!("`{}` was not made", tensor.name())))?);
+            }
+        }
+        Ok(Activations { tensors })
     }
 
     /// `[tokens]`: ids that the host knows, and those that the step before this one is still drawing.
@@ -223,58 +289,96 @@ impl Shard {
         }
     }
 
-    /// The layers one by one, for prefill and mixed steps: `[B, L, D]`.
-    fn forward(&self, input: &Array, packing: &Packing, caches: &mut Caches) -> Result<Array, LmError> {
-        self.forward_layers(input, packing, caches, self.layers.len())
+    /// Runs a layer's mixer over the caches of a step, and keeps what later stages need of it.
+    fn mix(&self, run: &mut Run, layer: usize, flow: &Flow, compiled: Option<&CompiledStep>) -> Result<Vec<Array>, LmError> {
+        let number = self.range.start + layer as u32;
+        if let (true, [_, keys, values, ..]) = (self.passed_on.contains(&number), flow.mixed.as_slice()) {
+            run.passed_on.insert(CutTensor::Keys(number), heads_to_rows(keys)?);
+            run.passed_on.insert(CutTensor::Values(number), heads_to_rows(values)?);
+        }
+        let mut caches = run.caches.of_layer(&self.slots, layer);
+        match compiled {
+            Some(step) => over_spans(&flow.mixed, run.packing, &mut caches, |rows, cache, _| match cache {
+                Cache::Recurrent(state) => Ok(vec![step.run(rows, state)?]),
+                _ => Err(LmError::Mlx("a recurrence met a cache of another kind".into())),
+            }),
+            None => self.layers[layer].mix(flow, run.packing, &mut caches),
+        }
     }
 
-    fn forward_layers(&self, input: &Array, packing: &Packing, caches: &mut Caches, n_layers: usize) -> Result<Array, LmError> {
-        let mut x = match &self.ends.embedding {
-            Some(embedding) => embedding.forward(input)?,
-            None => input.clone(),
+    /// The layers one by one, for prefill and mixed steps: `[B, L, D]`.
+    fn forward(&self, input: &Array, layer_inputs: Option<Array>, run: &mut Run) -> Result<(Array, Option<Array>), LmError> {
+        self.forward_layers(input, layer_inputs, run, self.layers.len())
+    }
+
+    fn forward_layers(
+        &self,
+        input: &Array,
+        layer_inputs: Option<Array>,
+        run: &mut Run,
+        n_layers: usize,
+    ) -> Result<(Array, Option<Array>), LmError> {
+        let (mut x, layer_inputs) = match &self.ends.entry {
+            Some(entry) => entry.forward(input)?,
+            None => (input.clone(), layer_inputs),
         };
         for (i, layer) in self.layers.iter().take(n_layers).enumerate() {
-            let heads = layer.before.forward(&x, &packing.offsets)?;
-            let attended = caches.attend(&self.layers, i, &heads, packing)?;
-            x = layer.after.forward(&attended, &x)?;
+            let flow = layer.before.forward(&x, &run.packing.offsets)?;
+            let mixed = self.mix(run, i, &flow, None)?;
+            x = layer.after.forward(&mixed, &flow.beside, &x, layer_inputs.as_ref())?;
         }
-        Ok(x)
+        Ok((x, layer_inputs))
+    }
+
+    /// Whether the last layer can be run for some tokens alone, once its cache is filled: attention on a plain residual stream.
+    fn can_end_early(&self) -> bool {
+        let last = self.spec.layers_of(self.range.clone()).last();
+        last.is_some_and(|layer| {
+            matches!(layer.residual, Residual::Serial { .. } | Residual::SerialClipped)
+                && layer.layer_input.is_none()
+                && layer.mixer.source_layer().is_none()
+        }) && matches!(self.layers.last().and_then(|layer| layer.mix.as_ref()), Some(Mix::Attention(_)))
     }
 
     /// The same for a step that reads the last token of some segments at most: the last layer fills its caches for all tokens, and goes on
     /// with those that are read. `[wanted, 1, D]`, or None when none is. What is not read stays lazy, so it is never computed.
-    fn forward_to_ends(&self, input: &Array, step: &Step, packing: &Packing, caches: &mut Caches) -> Result<Option<Array>, LmError> {
+    fn forward_to_ends(&self, input: &Array, layer_inputs: Option<Array>, step: &Step, run: &mut Run) -> Result<Option<Array>, LmError> {
         let last = self.layers.len() - 1;
-        let x = self.forward_layers(input, packing, caches, last)?;
+        let (x, _) = self.forward_layers(input, layer_inputs, run, last)?;
         let layer = &self.layers[last];
-        let heads = layer.before.forward(&x, &packing.offsets)?;
-        let wanted: Vec<bool> = step.segments.iter().map(|segment| output_length(segment) > 0).collect();
-        let rows = output_rows(step, packing);
-        if rows.is_empty() {
-            caches.attend_ends(layer, last, &heads, None, &wanted, packing)?;
-            return Ok(None);
-        }
+        let flow = layer.before.forward(&x, &run.packing.offsets)?;
+        let rows = output_rows(step, run.packing);
         let n = rows.len() as i32;
-        let read = x.reshape(&[packing.tokens(), self.hidden_size])?.take_axis(Array::from_slice(&rows, &[n]), 0)?;
-        let read = read.reshape(&[n, 1, self.hidden_size])?;
-        let ends = step.segments.iter().filter(|segment| output_length(segment) > 0);
-        let offsets: Vec<i32> = ends.map(|segment| segment.start as i32 + segment.tokens.len() as i32 - 1).collect();
-        let queries = layer.before.forward(&read, &Array::from_slice(&offsets, &[n]))?.queries;
-        let attended = caches.attend_ends(layer, last, &heads, Some(&queries), &wanted, packing)?;
-        attended.map(|attended| layer.after.forward(&attended, &read)).transpose()
+        let ends = match n {
+            0 => None,
+            _ => {
+                let read = x.reshape(&[run.packing.tokens(), -1])?.take_axis(Array::from_slice(&rows, &[n]), 0)?.expand_dims(1)?;
+                let segments = step.segments.iter().filter(|segment| output_length(segment) > 0);
+                let offsets: Vec<i32> = segments.map(|segment| segment.start as i32 + segment.tokens.len() as i32 - 1).collect();
+                Some((layer.before.forward(&read, &Array::from_slice(&offsets, &[n]))?, read))
+            }
+        };
+        let wanted: Vec<bool> = step.segments.iter().map(|segment| output_length(segment) > 0).collect();
+        let mut caches = run.caches.of_layer(&self.slots, last);
+        let queries = ends.as_ref().and_then(|(flow, _)| flow.mixed.first());
+        let attended = attend_ends(layer, &flow, queries, &wanted, run.packing, &mut caches)?;
+        match (ends, attended) {
+            (Some((flow, read)), Some(attended)) => Ok(Some(layer.after.forward(&[attended], &flow.beside, &read, None)?)),
+            _ => Ok(None),
+        }
     }
 
     /// Logits of some rows of the hidden states `[tokens, D]`: `[rows, V]`.
     fn logits(&self, hidden: &Array, rows: &[i32], all_rows: bool) -> Result<Array, LmError> {
-        let Some((norm, head)) = &self.ends.head else {
+        let Some(exit) = &self.ends.exit else {
             return Err(LmError::NotLoaded { name: "head".into() });
         };
         let chosen = match (all_rows, rows) {
             (true, _) => hidden.clone(),
-            (false, [row]) => ffi::slice(hidden, &[*row, 0], &[row + 1, self.hidden_size])?,
+            (false, [row]) => ffi::slice(hidden, &[*row, 0], &[row + 1, hidden.dim(1)])?,
             (false, rows) => hidden.take_axis(Array::from_slice(rows, &[rows.len() as i32]), 0)?,
         };
-        head.forward(&norm.forward(&chosen)?)
+        exit.forward(&chosen)
     }
 
     fn outputs(&mut self, step: &Step, logits: Option<Array>, written: Vec<Array>) -> Result<PendingResult, LmError> {
@@ -296,7 +400,7 @@ impl Shard {
             if segment.output.prompt_logprobs {
                 let tokens: Vec<u32> =
                     segment.tokens.iter().filter_map(|token| if let Token::Id(id) = token { Some(*id) } else { None }).collect();
-                let own = ffi::slice(&logits, &[row, 0], &[row + length, self.vocab_size as i32])?;
+                let own = ffi::slice(&logits, &[row, 0], &[row + length, self.spec.vocab_size as i32])?;
                 result.prompts.push((segment.sequence, segment.start, self.sampler.prompt(segment.sequence, &tokens, &own)?));
             }
             row += length;
@@ -339,54 +443,51 @@ fn output_rows(step: &Step, packing: &Packing) -> Vec<i32> {
     step.segments.iter().zip(&packing.spans).flat_map(rows).collect()
 }
 
-/// The caches of a step's sequences, taken out of the shard while it runs. Order: segment, then layer.
-struct Caches {
-    taken: Vec<(SequenceId, Vec<KvCache>)>,
+/// A step while it runs.
+struct Run<'a> {
+    packing: &'a Packing,
+    caches: StepCaches,
+    /// Keys and values that later stages read too.
+    passed_on: BTreeMap<CutTensor, Array>,
 }
 
-impl Caches {
-    fn check_out(sequences: &mut BTreeMap<SequenceId, Vec<KvCache>>, step: &Step) -> Result<Self, LmError> {
-        let mut taken = Vec::with_capacity(step.segments.len());
-        for segment in &step.segments {
-            let caches = sequences.remove(&segment.sequence).ok_or(LmError::UnknownSequence { sequence: segment.sequence })?;
-            let held = caches.first().map_or(0, KvCache::length) as u32;
-            if held != segment.start {
-                return Err(LmError::OutOfStep { sequence: segment.sequence, start: segment.start, held });
+/// Fills a layer's caches with all tokens of a step, and attends for the last token of those segments that `wanted` says, whose `queries` are
+/// `[wanted, heads, 1, head_dim]`. None when nothing is wanted.
+fn attend_ends(
+    layer: &Layer,
+    flow: &Flow,
+    queries: Option<&Array>,
+    wanted: &[bool],
+    packing: &Packing,
+    caches: &mut [&mut Cache],
+) -> Result<Option<Array>, LmError> {
+    let Some(Mix::Attention(attend)) = &layer.mix else {
+        return Err(LmError::Mlx("only attention can end early".into()));
+    };
+    let [_, keys, values] = flow.mixed.as_slice() else {
+        return Err(LmError::Mlx("attention without keys and values".into()));
+    };
+    let mut attended = Vec::new();
+    for ((span, cache), wanted) in packing.spans.iter().zip(caches).zip(wanted) {
+        let Cache::Attention(cache) = &mut **cache else {
+            return Err(LmError::Mlx("attention met a cache of another kind".into()));
+        };
+        let rows = |y: &Array| if packing.spans.len() == 1 { Ok(y.clone()) } else { own_rows(y, span) };
+        let (keys, values) = (rows(keys)?, rows(values)?);
+        match queries.filter(|_| *wanted) {
+            Some(queries) => {
+                let row = attended.len() as i32;
+                let own = ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
+                cache.append(&keys, &values)?;
+                attended.push(attend.forward(&[own], cache)?);
             }
-            taken.push((segment.sequence, caches));
+            None => drop(cache.append(&keys, &values)?),
         }
-        Ok(Self { taken })
     }
-
-    fn attend(&mut self, layers: &[Layer], layer: usize, heads: &Heads, packing: &Packing) -> Result<Array, LmError> {
-        let mut caches: Vec<&mut KvCache> = self.taken.iter_mut().map(|(_, caches)| &mut caches[layer]).collect();
-        layers[layer].attend(heads, packing, &mut caches)
+    if attended.is_empty() {
+        return Ok(None);
     }
-
-    fn attend_ends(
-        &mut self,
-        layer: &Layer,
-        index: usize,
-        heads: &Heads,
-        queries: Option<&Array>,
-        wanted: &[bool],
-        packing: &Packing,
-    ) -> Result<Option<Array>, LmError> {
-        let mut caches: Vec<&mut KvCache> = self.taken.iter_mut().map(|(_, caches)| &mut caches[index]).collect();
-        layer.attend_ends(heads, queries, wanted, packing, &mut caches)
-    }
-
-    /// Puts the caches back; gives their arrays when somebody has to see to it that they are evaluated.
-    fn check_in(self, sequences: &mut BTreeMap<SequenceId, Vec<KvCache>>, collect: bool) -> Vec<Array> {
-        let mut arrays = Vec::new();
-        for (sequence, caches) in self.taken {
-            if collect {
-                arrays.extend(caches.iter().flat_map(KvCache::arrays).cloned());
-            }
-            sequences.insert(sequence, caches);
-        }
-        arrays
-    }
+    Ok(Some(ops::concatenate(&attended, 0)?))
 }
 
 impl PendingResult {

@@ -11,10 +11,7 @@ use mlx_cluster_common::{
     request::{Delivery, EngineLoad, SessionCommand},
     step::{Segment, Step, StepResult},
 };
-use mlx_cluster_lm::{
-    ffi,
-    shard::{PendingResult, Shard, StepOutput},
-};
+use mlx_cluster_lm::shard::{PendingResult, Shard, StepOutput};
 use mlx_cluster_proto::wire;
 use std::{sync::Arc, time::Instant};
 use tokio::sync::{mpsc, watch};
@@ -177,8 +174,8 @@ impl Lead {
                 pending.start().map_err(|error| error.to_string())?;
                 Ok(Some(Running { pending, prompt_tokens, started }))
             }
-            StepOutput::Hidden(hidden) => {
-                let frame = wire::StepFrame::new(step, vec![hidden_tensor(&hidden)?]);
+            StepOutput::Activations(activations) => {
+                let frame = wire::StepFrame::new(step, tensors::write(&activations)?);
                 self.step_ended(prompt_tokens, started);
                 self.hops.leaves(frame.number, self.scheduler.under_way() == 1, Instant::now());
                 let output = self.output.as_ref().ok_or("the next stage is not connected")?;
@@ -231,12 +228,4 @@ impl Lead {
 fn prompt_tokens(step: &Step) -> usize {
     let reads = |segment: &&Segment| segment.output.sample.is_none_or(|index| index == 0);
     step.segments.iter().filter(reads).map(|segment| segment.tokens.len()).sum()
-}
-
-/// The residual stream as it crosses a cut.
-pub(super) fn hidden_tensor(hidden: &mlx_cluster_lm::Array) -> Result<wire::Tensor, String> {
-    let data = ffi::array_to_bytes(hidden).map_err(|error| error.to_string())?;
-    let dtype = ffi::from_mlx(hidden.dtype()).ok_or("activations of a complex type")?;
-    let shape = hidden.shape().iter().map(|dim| *dim as u32).collect();
-    Ok(wire::Tensor { name: "hidden".into(), dtype: dtype.name().into(), shape, data: data.into() })
 }

@@ -15,6 +15,7 @@ mod relay;
 mod run;
 mod scheduler;
 mod service;
+mod tensors;
 
 pub use run::{probe, run};
 

@@ -1,11 +1,8 @@
 //! The loop of a stage behind the first: applies the steps that come and hands on what they make. Owns every array of its process.
 
-use super::{Command, Outgoing, lead::hidden_tensor};
-use mlx_cluster_common::{dtype::DType, ids::Epoch};
-use mlx_cluster_lm::{
-    Array, ffi,
-    shard::{Shard, StepOutput},
-};
+use super::{Command, Outgoing, tensors};
+use mlx_cluster_common::ids::Epoch;
+use mlx_cluster_lm::shard::{Shard, StepOutput};
 use mlx_cluster_proto::wire;
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
@@ -56,18 +53,18 @@ impl Relay {
 
     fn apply(&mut self, frame: wire::StepFrame) -> Result<(), String> {
         let busy_before = frame.busy_ns;
-        let (step, tensors) = frame.into_step().map_err(|error| error.to_string())?;
+        let (step, received) = frame.into_step().map_err(|error| error.to_string())?;
         if step.number != self.next_number {
             return Err(format!("step {} came where step {} was due", step.number, self.next_number));
         }
         self.next_number += 1;
-        let hidden = hidden_array(&tensors)?;
+        let input = tensors::read(received)?;
         let start = Instant::now();
         let busy = || busy_before + start.elapsed().as_nanos() as u64;
-        let outgoing = match self.shard.apply(&step, Some(hidden)).map_err(|error| error.to_string())? {
-            StepOutput::Hidden(hidden) => {
-                let tensor = hidden_tensor(&hidden)?;
-                Outgoing::Step(wire::StepFrame { busy_ns: busy(), ..wire::StepFrame::new(step, vec![tensor]) })
+        let outgoing = match self.shard.apply(&step, Some(input)).map_err(|error| error.to_string())? {
+            StepOutput::Activations(activations) => {
+                let tensors = tensors::write(&activations)?;
+                Outgoing::Step(wire::StepFrame { busy_ns: busy(), ..wire::StepFrame::new(step, tensors) })
             }
             StepOutput::Result(pending) => {
                 let result = pending.read().map_err(|error| error.to_string())?;
@@ -85,16 +82,4 @@ impl Relay {
         self.output = None;
         self.shard.clear();
     }
-}
-
-fn hidden_array(tensors: &[wire::Tensor]) -> Result<Array, String> {
-    let [tensor] = tensors else {
-        return Err(format!("a step came with {} tensors, wanted 1", tensors.len()));
-    };
-    let dtype = DType::from_safetensors(&tensor.dtype).filter(|dtype| dtype.is_float());
-    let dtype = dtype.ok_or_else(|| format!("activations of type `{}`", tensor.dtype))?;
-    let shape: Option<Vec<i32>> = tensor.shape.iter().map(|dim| i32::try_from(*dim).ok()).collect();
-    let shape = shape.ok_or("activations of an absurd shape")?;
-    let (found, size) = (tensor.data.len(), &tensor.shape);
-    ffi::array_from_bytes(&tensor.data, &shape, dtype).ok_or_else(|| format!("activations {size:?} of {dtype} came as {found} bytes"))
 }

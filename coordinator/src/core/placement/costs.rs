@@ -2,7 +2,7 @@
 
 use mlx_cluster_common::{
     dtype::DType,
-    spec::{FeedForward, HeadSpec, LayerSpec, Mixer, ModelSpec, Part},
+    spec::{ExpertInputs, HeadSpec, LayerSpec, ModelSpec, Part, Weight},
     weights::WeightMap,
 };
 use std::ops::Range;
@@ -13,16 +13,22 @@ const CHUNK_TOKENS: u64 = 512;
 const ENGINE_BYTES: u64 = 100_000_000;
 /// Activations are reckoned in f32, the widest that a model has.
 const ACTIVATION_BYTES: u64 = 4;
+/// Sequences at once whose states of fixed size are reckoned for.
+const SEQUENCES: u64 = 16;
 
 /// Sums from which every stage's needs follow. Layer sums are cumulative: entry `i` is for the layers before `i`.
 pub(super) struct Costs {
     layer_weights: Vec<u64>,
     layer_cache: Vec<u64>,
+    /// What a sequence takes however long it is.
+    layer_state: Vec<u64>,
     /// Weight bytes that are read to decode one token: of the experts, only those chosen.
     layer_read: Vec<u64>,
     n_layers: u32,
     tied: bool,
     embedding: u64,
+    /// What the first stage holds besides.
+    layer_inputs: u64,
     norm_and_head: u64,
     head_read: u64,
     working: u64,
@@ -32,27 +38,32 @@ pub(super) struct Costs {
 impl Costs {
     pub(super) fn new(spec: &ModelSpec, map: &WeightMap) -> Self {
         let dtype = map.activation_dtype.unwrap_or(DType::F16);
-        let (mut layer_weights, mut layer_cache, mut layer_read) = (vec![0], vec![0], vec![0]);
-        let (mut weights, mut cache, mut read) = (0u64, 0u64, 0u64);
+        let (mut layer_weights, mut layer_cache, mut layer_state, mut layer_read) = (vec![0], vec![0], vec![0], vec![0]);
+        let (mut weights, mut cache, mut state, mut read) = (0u64, 0u64, 0u64, 0u64);
         for (i, layer) in (0u32..).zip(&spec.layers) {
             weights += map.part_bytes(Part::Layer(i));
             cache += spec.cache_bytes_per_token(i..i + 1, dtype);
+            state += spec.state_bytes(i..i + 1);
             read += read_bytes(layer, map, i);
             layer_weights.push(weights);
             layer_cache.push(cache);
+            layer_state.push(state);
             layer_read.push(read);
         }
         let tied = spec.head == HeadSpec::Tied;
         let embedding = map.part_bytes(Part::Embedding);
         let head = map.part_bytes(Part::Head);
-        let activations = spec.layers.iter().map(activation_elements).max().unwrap_or(0) + 6 * u64::from(spec.hidden_size);
+        let activations = (0..spec.n_layers()).map(|layer| activation_elements(spec, layer)).max().unwrap_or(0);
+        let activations = activations + 6 * u64::from(spec.hidden_size) * u64::from(spec.n_streams());
         Self {
             layer_weights,
             layer_cache,
+            layer_state,
             layer_read,
             n_layers: spec.n_layers(),
             tied,
             embedding,
+            layer_inputs: map.part_bytes(Part::LayerInputs),
             norm_and_head: map.part_bytes(Part::FinalNorm) + head,
             head_read: if tied { embedding } else { head },
             working: ENGINE_BYTES + load_peak(map).max(CHUNK_TOKENS * ACTIVATION_BYTES * activations),
@@ -63,6 +74,7 @@ impl Costs {
     pub(super) fn weights(&self, layers: &Range<u32>) -> u64 {
         let (first, last) = (layers.start == 0, layers.end == self.n_layers);
         let embedding = if first || (last && self.tied) { self.embedding } else { 0 };
+        let embedding = embedding + if first { self.layer_inputs } else { 0 };
         between(&self.layer_weights, layers) + embedding + if last { self.norm_and_head } else { 0 }
     }
 
@@ -77,7 +89,8 @@ impl Costs {
 
     pub(super) fn needed(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
         let cache = self.cache_per_token(layers).saturating_mul(cache_tokens);
-        self.weights(layers).saturating_add(cache).saturating_add(self.working(layers))
+        let states = between(&self.layer_state, layers).saturating_mul(SEQUENCES);
+        self.weights(layers).saturating_add(cache).saturating_add(states).saturating_add(self.working(layers))
     }
 
     /// Weight bytes that pass through the processor for each decoded token.
@@ -93,25 +106,28 @@ fn between(sums: &[u64], layers: &Range<u32>) -> u64 {
 
 fn read_bytes(layer: &LayerSpec, map: &WeightMap, i: u32) -> u64 {
     let all = map.part_bytes(Part::Layer(i));
-    let FeedForward::Experts(moe) = &layer.feed_forward else { return all };
-    let paths = [&moe.gate.path, &moe.up.path, &moe.down.path];
+    let Some(moe) = layer.feed_forward.experts() else { return all };
+    let inputs = match &moe.experts.inputs {
+        ExpertInputs::Gated { gate, up } => vec![&gate.path, &up.path],
+        ExpertInputs::Plain(up) => vec![&up.path],
+    };
+    let paths: Vec<&String> = inputs.into_iter().chain([&moe.experts.down.path]).collect();
     let is_expert = |name: &str| paths.iter().any(|path| name.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('.')));
     let parameters = map.parts.get(&Part::Layer(i)).into_iter().flatten();
     let experts: u64 = parameters.filter(|parameter| is_expert(&parameter.name)).map(|parameter| parameter.bytes).sum();
-    let chosen = experts / u64::from(moe.gate.n_experts.max(1)) * u64::from(moe.top_k.min(moe.gate.n_experts));
-    all - experts + chosen
+    let n_experts = moe.n_experts().max(1);
+    all - experts + experts / u64::from(n_experts) * u64::from(moe.router.top_k.min(n_experts))
 }
 
-/// Elements that a layer holds at once for each token.
-fn activation_elements(layer: &LayerSpec) -> u64 {
-    let mixer = match &layer.mixer {
-        Mixer::Attention(attention) => 2 * u64::from(attention.n_heads + 2 * attention.n_kv_heads) * u64::from(attention.head_dim),
-    };
-    let feed_forward = match &layer.feed_forward {
-        FeedForward::Mlp(mlp) => 3 * u64::from(mlp.gate.output_dims),
-        FeedForward::Experts(moe) => 3 * u64::from(moe.top_k) * u64::from(moe.gate.output_dims) + u64::from(moe.gate.n_experts),
-    };
-    mixer + feed_forward
+/// Elements that a layer holds at once for each token: the outputs of its linears, twice for what is made of them.
+fn activation_elements(spec: &ModelSpec, layer: u32) -> u64 {
+    let top_k = spec.layers_of(layer..layer + 1).iter().find_map(|layer| layer.feed_forward.experts()).map_or(0, |moe| moe.router.top_k);
+    let outputs = spec.weights(Part::Layer(layer)).into_iter().map(|weight| match weight {
+        Weight::Linear(linear) => u64::from(linear.output_dims),
+        Weight::Experts(experts) => u64::from(experts.output_dims) * u64::from(top_k),
+        _ => 0,
+    });
+    2 * outputs.sum::<u64>()
 }
 
 /// The largest parameter that is put together from several tensors: while that happens it is there twice.

@@ -1,122 +1,332 @@
 //! Softmax attention with grouped queries, in three pieces: projections before the cache, attention over it, the output after it.
 
-use super::norm::Norm;
-use crate::{
-    cache::KvCache,
-    error::LmError,
-    linear::{Linear, Parameters},
-    rope::Rope,
-    weights::Weights,
-};
-use mlx_cluster_common::spec::{AttentionSpec, Quantization};
+use super::{mixer::Projected, norm::Norm};
+use crate::{cache::KvCache, error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
+use mlx_cluster_common::spec::{AttentionGate, AttentionSpec, HeadNorms, Projections, Quantization, TemperatureSpec};
 use mlx_rs::{Array, Dtype, fast, fast::ScaledDotProductAttentionMask, ops};
 
-/// Queries `[B, heads, L, head_dim]`, keys and values `[B, kv_heads, L, head_dim]`.
-pub struct Heads {
-    pub queries: Array,
-    pub keys: Array,
-    pub values: Array,
-}
-
-/// What comes before the cache.
+/// What comes before the cache: queries `[B, heads, L, head_dim]`, and keys and values `[B, kv_heads, L, head_dim]` where the layer has
+/// its own; besides them the numbers that gate the output.
 #[derive(Debug, Clone)]
 pub struct Project {
+    shape: Shape,
+    /// As the spec's projections name them.
+    linears: Vec<Linear>,
+    query_norm: Option<HeadNorm>,
+    key_norm: Option<HeadNorm>,
+    value_norm: Option<Norm>,
+    rope: Option<Rope>,
+    temperature: Option<TemperatureSpec>,
+    head_gate: Option<Linear>,
+}
+parameters!(Project: linears, query_norm, key_norm, value_norm, rope, head_gate);
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
     n_heads: i32,
     n_kv_heads: i32,
     head_dim: i32,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    query_norm: Option<Norm>,
-    key_norm: Option<Norm>,
-    rope: Option<Rope>,
+    layout: Layout,
+    /// The query projection gives a gate too.
+    gate_in_query: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Layout {
+    Separate,
+    Fused,
+    FusedByGroup,
+    KeyIsValue,
+    QueryOnly,
+}
+
+/// Queries, keys and values `[B, L, heads, head_dim]` as they are projected.
+struct Parts {
+    queries: Array,
+    gate: Option<Array>,
+    keys_values: Option<(Array, Array)>,
 }
 
 impl Project {
     pub fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
-        Ok(Self {
+        let mut linears =
+            |specs: &[&_]| -> Result<Vec<Linear>, LmError> { specs.iter().map(|spec| Linear::load(weights, spec, quantization)).collect() };
+        let (layout, linears) = match &spec.projections {
+            Projections::Separate { query, key, value } => (Layout::Separate, linears(&[query, key, value])?),
+            Projections::Fused(linear) => (Layout::Fused, linears(&[linear])?),
+            Projections::FusedByGroup(linear) => (Layout::FusedByGroup, linears(&[linear])?),
+            Projections::KeyIsValue { query, key } => (Layout::KeyIsValue, linears(&[query, key])?),
+            Projections::Shared { query, .. } => (Layout::QueryOnly, linears(&[query])?),
+        };
+        let (query_norm, key_norm) = HeadNorm::load(weights, &spec.head_norms, layout == Layout::QueryOnly)?;
+        let head_gate = match &spec.gate {
+            Some(AttentionGate::PerHead(linear)) => Some(Linear::load(weights, linear, quantization)?),
+            _ => None,
+        };
+        let shape = Shape {
             n_heads: spec.n_heads as i32,
             n_kv_heads: spec.n_kv_heads as i32,
             head_dim: spec.head_dim as i32,
-            query: Linear::load(weights, &spec.query, quantization)?,
-            key: Linear::load(weights, &spec.key, quantization)?,
-            value: Linear::load(weights, &spec.value, quantization)?,
-            query_norm: Norm::load_optional(weights, &spec.query_norm)?,
-            key_norm: Norm::load_optional(weights, &spec.key_norm)?,
+            layout,
+            gate_in_query: spec.gate == Some(AttentionGate::InQuery),
+        };
+        Ok(Self {
+            shape,
+            linears,
+            query_norm,
+            key_norm,
+            value_norm: Norm::load_optional(weights, &spec.value_norm.clone().filter(|_| layout != Layout::QueryOnly))?,
             rope: spec.rope.as_ref().map(Rope::new).transpose()?,
+            temperature: spec.temperature.clone(),
+            head_gate,
         })
+    }
+
+    /// Arrays for the cache, and arrays past it.
+    pub fn arity(&self) -> (usize, usize) {
+        let mixed = if self.shape.layout == Layout::QueryOnly { 1 } else { 3 };
+        (mixed, usize::from(self.shape.gate_in_query || self.head_gate.is_some()))
     }
 
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
-    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Heads, LmError> {
-        let (batch, length) = (x.dim(0), x.dim(1));
-        let heads = |y: Array, n_heads: i32, norm: &Option<Norm>| -> Result<Array, LmError> {
-            let y = y.reshape(&[batch, length, n_heads, self.head_dim])?;
-            let y = norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y))?;
-            Ok(y.transpose_axes(&[0, 2, 1, 3])?)
+    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
+        let parts = self.parts(x)?;
+        let rotated = |y: &Array, norm: &Option<HeadNorm>| -> Result<Array, LmError> {
+            let y = norm.as_ref().map_or(Ok(y.clone()), |norm| norm.before_rope(y))?.transpose_axes(&[0, 2, 1, 3])?;
+            let y = self.rope.as_ref().map_or(Ok(y.clone()), |rope| rope.forward(&y, offsets))?;
+            norm.as_ref().map_or(Ok(y.clone()), |norm| norm.after_rope(&y))
         };
-        let rotate = |y: Array| self.rope.as_ref().map_or(Ok(y.clone()), |rope| rope.forward(&y, offsets));
-        Ok(Heads {
-            queries: rotate(heads(self.query.forward(x)?, self.n_heads, &self.query_norm)?)?,
-            keys: rotate(heads(self.key.forward(x)?, self.n_kv_heads, &self.key_norm)?)?,
-            values: heads(self.value.forward(x)?, self.n_kv_heads, &None)?,
-        })
+        let mut queries = rotated(&parts.queries, &self.query_norm)?;
+        if let Some(temperature) = &self.temperature {
+            queries = scale_by_position(&queries, offsets, temperature)?;
+        }
+        let mut mixed = vec![queries];
+        if let Some((keys, values)) = &parts.keys_values {
+            let values = self.value_norm.as_ref().map_or(Ok(values.clone()), |norm| norm.forward(values))?;
+            mixed.extend([rotated(keys, &self.key_norm)?, values.transpose_axes(&[0, 2, 1, 3])?]);
+        }
+        let head_gate = self.head_gate.as_ref().map(|gate| gate.forward(x)).transpose()?;
+        Ok(Projected { mixed, beside: parts.gate.into_iter().chain(head_gate).collect() })
     }
 
-    /// The numbers that are built into a compiled piece.
-    pub(super) fn signature(&self) -> String {
-        let Self { n_heads, n_kv_heads, head_dim, query_norm, key_norm, rope, .. } = self;
-        let eps = [query_norm, key_norm].map(|norm| norm.as_ref().map(|norm| norm.eps));
-        format!("{n_heads}/{n_kv_heads}/{head_dim} {eps:?} {}", rope.as_ref().map(Rope::signature).unwrap_or_default())
+    fn parts(&self, x: &Array) -> Result<Parts, LmError> {
+        let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let (batch, length) = (x.dim(0), x.dim(1));
+        let projected = |i: usize| self.linears[i].forward(x);
+        let heads = |y: &Array, n: i32| y.reshape(&[batch, length, n, -1]).map_err(LmError::from);
+        let whole = |y: Array, norm: &Option<HeadNorm>| norm.as_ref().map_or(Ok(y.clone()), |norm| norm.whole(&y));
+        let keys = |y: Array| heads(&whole(y, &self.key_norm)?, n_kv_heads);
+        match self.shape.layout {
+            Layout::Fused => {
+                let (queries, keys_end) = (n_heads * head_dim, (n_heads + n_kv_heads) * head_dim);
+                let parts = projected(0)?.split_at_indices(&[queries, keys_end], -1)?;
+                let [query, key, value] = three(parts)?;
+                let queries = heads(&whole(query, &self.query_norm)?, n_heads)?;
+                Ok(Parts { queries, gate: None, keys_values: Some((keys(key)?, heads(&value, n_kv_heads)?)) })
+            }
+            Layout::FusedByGroup => {
+                let grouped = projected(0)?.reshape(&[batch, length, n_kv_heads, n_heads / n_kv_heads + 2, head_dim])?;
+                let repeats = n_heads / n_kv_heads;
+                let [query, key, value] = three(grouped.split_at_indices(&[repeats, repeats + 1], -2)?)?;
+                Ok(Parts {
+                    queries: heads(&query.reshape(&[batch, length, -1])?, n_heads)?,
+                    gate: None,
+                    keys_values: Some((key.squeeze_axes(&[-2])?, value.squeeze_axes(&[-2])?)),
+                })
+            }
+            Layout::Separate | Layout::KeyIsValue | Layout::QueryOnly => {
+                let (queries, gate) = self.queries_and_gate(&whole(projected(0)?, &self.query_norm)?)?;
+                let keys_values = match self.shape.layout {
+                    Layout::Separate => Some((keys(projected(1)?)?, heads(&projected(2)?, n_kv_heads)?)),
+                    Layout::KeyIsValue => Some(projected(1).and_then(|key| Ok((keys(key.clone())?, heads(&key, n_kv_heads)?)))?),
+                    _ => None,
+                };
+                Ok(Parts { queries, gate, keys_values })
+            }
+        }
+    }
+
+    /// `[B, L, heads · head_dim]` or, with a gate, twice as wide: a head's query, then its gate.
+    fn queries_and_gate(&self, y: &Array) -> Result<(Array, Option<Array>), LmError> {
+        let (batch, length) = (y.dim(0), y.dim(1));
+        let heads = y.reshape(&[batch, length, self.shape.n_heads, -1])?;
+        if !self.shape.gate_in_query {
+            return Ok((heads, None));
+        }
+        let parts = heads.split_equal(2, -1)?;
+        Ok((parts[0].clone(), Some(parts[1].reshape(&[batch, length, -1])?)))
     }
 }
 
-impl Parameters for Project {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        [&self.query, &self.key, &self.value].into_iter().for_each(|linear| linear.each(visit));
-        [&self.query_norm, &self.key_norm].into_iter().for_each(|norm| norm.each(visit));
-        self.rope.each(visit);
+fn three(parts: Vec<Array>) -> Result<[Array; 3], LmError> {
+    <[Array; 3]>::try_from(parts).map_err(|parts| LmError::Mlx(format!("a split gave {} parts, wanted 3", parts.len())))
+}
+
+/// A norm of queries or keys, and where it stands.
+#[derive(Debug, Clone)]
+struct HeadNorm {
+    norm: Norm,
+    place: Place,
+    /// Weights of each head's own, `[heads, head_dim]`, after an unweighted norm.
+    weights: Option<Array>,
+}
+parameters!(HeadNorm: norm, weights);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Place {
+    Whole,
+    BeforeRope,
+    AfterRope,
+}
+
+impl HeadNorm {
+    fn load(weights: &mut Weights, spec: &HeadNorms, query_only: bool) -> Result<(Option<Self>, Option<Self>), LmError> {
+        let mut load = |norm: &_, place| Ok::<_, LmError>(Some(HeadNorm { norm: Norm::load(weights, norm)?, place, weights: None }));
+        let (query, key, place) = match spec {
+            HeadNorms::None => return Ok((None, None)),
+            HeadNorms::PerHead { query, key } => (query, key, Place::BeforeRope),
+            HeadNorms::PerHeadAfterRope { query, key } => (query, key, Place::AfterRope),
+            HeadNorms::Whole { query, key } => (query, key, Place::Whole),
+            HeadNorms::PerHeadWeights { query, key, eps } => {
+                let mut own = |tensor: &mlx_cluster_common::spec::TensorSpec| {
+                    let unweighted = mlx_cluster_common::spec::NormSpec::rms_unweighted(0, *eps);
+                    let norm = Norm::load(weights, &unweighted)?;
+                    Ok::<_, LmError>(Some(HeadNorm { norm, place: Place::BeforeRope, weights: Some(weights.take(&tensor.name)?) }))
+                };
+                return Ok((own(query)?, own(key)?));
+            }
+        };
+        let query = load(query, place)?;
+        Ok((query, if query_only { None } else { load(key, place)? }))
     }
 
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        [&mut self.query, &mut self.key, &mut self.value].into_iter().for_each(|linear| linear.each_mut(visit));
-        [&mut self.query_norm, &mut self.key_norm].into_iter().for_each(|norm| norm.each_mut(visit));
-        self.rope.each_mut(visit);
+    /// `[B, L, heads · head_dim]`
+    fn whole(&self, y: &Array) -> Result<Array, LmError> {
+        if self.place == Place::Whole { self.norm.forward(y) } else { Ok(y.clone()) }
+    }
+
+    /// `[B, L, heads, head_dim]`
+    fn before_rope(&self, y: &Array) -> Result<Array, LmError> {
+        match (self.place, &self.weights) {
+            (Place::BeforeRope, None) => self.norm.forward(y),
+            (Place::BeforeRope, Some(weights)) => Ok(ops::multiply(self.norm.forward(y)?, weights)?),
+            _ => Ok(y.clone()),
+        }
+    }
+
+    /// `[B, heads, L, head_dim]`
+    fn after_rope(&self, y: &Array) -> Result<Array, LmError> {
+        if self.place == Place::AfterRope { self.norm.forward(y) } else { Ok(y.clone()) }
     }
 }
 
-/// Attention of one sequence's new tokens over all that its cache holds. Has no parameters.
-#[derive(Debug, Clone, Copy)]
+/// `queries` `[B, heads, L, dim]` times the temperature of their positions.
+pub(super) fn scale_by_position(queries: &Array, offsets: &Array, spec: &TemperatureSpec) -> Result<Array, LmError> {
+    let length = queries.dim(2);
+    let steps = Array::from_iter(0..length, &[1, length]);
+    let positions = ops::add(offsets.reshape(&[-1, 1])?, &steps)?.as_dtype(Dtype::Float32)?;
+    let shifted = ops::add(&positions, Array::from_f32(spec.position_offset as f32))?;
+    let periods = ops::floor(ops::divide(&shifted, Array::from_f32(spec.original_context as f32))?)?;
+    let growth = ops::log(ops::add(&periods, Array::from_f32(1.0))?)?;
+    let factors = ops::add(ops::multiply(&growth, Array::from_f32(spec.beta))?, Array::from_f32(1.0))?;
+    let factors = factors.reshape(&[-1, 1, length, 1])?.as_dtype(queries.dtype())?;
+    Ok(ops::multiply(queries, &factors)?)
+}
+
+/// Attention of one sequence's new tokens over all that its cache holds.
+#[derive(Debug, Clone)]
 pub struct Attend {
     scale: f32,
     window: Option<i32>,
+    softcap: Option<f32>,
+    sinks: Option<Array>,
 }
+parameters!(Attend: sinks);
 
 impl Attend {
-    pub fn new(spec: &AttentionSpec) -> Self {
-        Self { scale: spec.scale, window: spec.window.map(|window| window.min(i32::MAX as u32) as i32) }
-    }
-
-    /// `heads` with `B` = 1 and `L` new tokens -> `[1, heads, L, head_dim]`.
-    pub fn forward(&self, heads: &Heads, cache: &mut KvCache) -> Result<Array, LmError> {
-        let n = heads.queries.dim(2);
-        // The oldest token that any of the new ones sees.
-        let visible = self.window.map(|window| window.saturating_add(n - 1));
-        let (keys, values) = cache.append(&heads.keys, &heads.values, visible)?;
-        let held = keys.dim(2);
-        let attend = |mask: Option<ScaledDotProductAttentionMask>| {
-            fast::scaled_dot_product_attention(&heads.queries, &keys, &values, self.scale, mask, None)
-        };
-        Ok(match self.window {
-            _ if n == 1 => attend(None)?,
-            Some(window) if held > window => attend(Some(ScaledDotProductAttentionMask::Array(&window_mask(n, held, window)?)))?,
-            _ => attend(Some(ScaledDotProductAttentionMask::Causal))?,
+    pub fn load(weights: &mut Weights, spec: &AttentionSpec) -> Result<Self, LmError> {
+        Ok(Self {
+            scale: spec.scale,
+            window: window_of(spec),
+            softcap: spec.softcap,
+            sinks: spec.sinks.as_ref().map(|sinks| weights.take(&sinks.name)).transpose()?,
         })
     }
+
+    /// `rows` are what `Project` made, with `B` = 1 and `L` new tokens. With queries alone, the cache has the new tokens' keys already.
+    /// Gives `[1, heads, L, head_dim]`.
+    pub fn forward(&self, rows: &[Array], cache: &mut KvCache) -> Result<Array, LmError> {
+        let queries = rows.first().ok_or_else(|| LmError::Mlx("attention without queries".into()))?;
+        let n = queries.dim(2);
+        let (keys, values) = match rows {
+            [_, keys, values] => cache.append(keys, values)?,
+            _ => cache.visible(n)?,
+        };
+        let held = keys.dim(2);
+        let mask = match self.window {
+            _ if n == 1 => Mask::None,
+            Some(window) if held > window => Mask::Array(window_mask(n, held, window)?),
+            _ => Mask::Causal,
+        };
+        match self.softcap {
+            None => self.fused(queries, &keys, &values, &mask),
+            Some(softcap) => capped(queries, &keys, &values, self.scale, softcap, &mask),
+        }
+    }
+
+    fn fused(&self, queries: &Array, keys: &Array, values: &Array, mask: &Mask) -> Result<Array, LmError> {
+        let mask = match mask {
+            Mask::None => None,
+            Mask::Causal => Some(ScaledDotProductAttentionMask::Causal),
+            Mask::Array(mask) => Some(ScaledDotProductAttentionMask::Array(mask)),
+        };
+        Ok(fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, self.sinks.as_ref())?)
+    }
+}
+
+/// How far the cache has to reach back.
+pub(super) fn window_of(spec: &AttentionSpec) -> Option<i32> {
+    spec.window.map(|window| window.min(i32::MAX as u32 / 2) as i32)
+}
+
+enum Mask {
+    None,
+    Causal,
+    Array(Array),
+}
+
+/// Attention whose scores are `softcap · tanh(score / softcap)`.
+fn capped(queries: &Array, keys: &Array, values: &Array, scale: f32, softcap: f32, mask: &Mask) -> Result<Array, LmError> {
+    let scalar = |value: f32, like: &Array| Array::from_f32(value).as_dtype(like.dtype());
+    let (heads, n, dim) = (queries.dim(1), queries.dim(2), queries.dim(3));
+    let (kv_heads, held) = (keys.dim(1), keys.dim(2));
+    let queries = ops::multiply(queries, scalar(scale, queries)?)?.reshape(&[1, kv_heads, heads / kv_heads, n, dim])?;
+    let (keys, values) = (keys.expand_dims(2)?, values.expand_dims(2)?);
+    let scores = ops::matmul(&queries, keys.swap_axes(-1, -2)?)?;
+    let capped = ops::multiply(ops::tanh(ops::divide(&scores, scalar(softcap, &scores)?)?)?, scalar(softcap, &scores)?)?;
+    let mask = match mask {
+        Mask::None => None,
+        Mask::Causal => Some(window_mask(n, held, i32::MAX / 2)?),
+        Mask::Array(mask) => Some(mask.clone()),
+    };
+    let scores = match mask {
+        Some(mask) => ops::select(&mask, &capped, lowest(capped.dtype())?)?,
+        None => capped,
+    };
+    let attended = ops::matmul(ops::softmax_axis(&scores, -1, true)?, &values)?;
+    Ok(attended.reshape(&[1, heads, n, values.dim(-1)])?)
+}
+
+/// The most negative number of a type.
+pub(super) fn lowest(dtype: Dtype) -> Result<Array, LmError> {
+    let value = if dtype == Dtype::Float16 { -65504.0 } else { f32::MIN };
+    // The lowest f32 would round to minus infinity in bf16.
+    let value = if dtype == Dtype::Bfloat16 { -3.389_531_4e38 } else { value };
+    Ok(Array::from_f32(value).as_dtype(dtype)?)
 }
 
 /// `[n, held]`: which of the held tokens each of the last `n` sees.
-fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmError> {
+pub(super) fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmError> {
     let row = |from: i32, to: i32| Array::from_iter(from..to, &[to - from]);
     let queries = row(held - n, held).expand_dims(1)?;
     let keys = row(0, held).expand_dims(0)?;
@@ -129,26 +339,35 @@ fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmError> {
 #[derive(Debug, Clone)]
 pub struct Merge {
     output: Linear,
+    gate: Option<Gate>,
+}
+parameters!(Merge: output);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Gate {
+    Elementwise,
+    PerHead,
 }
 
 impl Merge {
     pub fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
-        Ok(Self { output: Linear::load(weights, &spec.output, quantization)? })
+        let gate = spec.gate.as_ref().map(|gate| match gate {
+            AttentionGate::InQuery => Gate::Elementwise,
+            AttentionGate::PerHead(_) => Gate::PerHead,
+        });
+        Ok(Self { output: Linear::load(weights, &spec.output, quantization)?, gate })
     }
 
-    /// `[B, heads, L, head_dim] -> [B, L, D]`.
-    pub fn forward(&self, attended: &Array) -> Result<Array, LmError> {
+    /// `[B, heads, L, head_dim] -> [B, L, D]`; `beside` is the gate `[B, L, heads · head_dim]` or `[B, L, heads]`.
+    pub fn forward(&self, attended: &Array, beside: &[Array]) -> Result<Array, LmError> {
         let (batch, length) = (attended.dim(0), attended.dim(2));
-        self.output.forward(&attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[batch, length, -1])?)
-    }
-}
-
-impl Parameters for Merge {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        self.output.each(visit);
-    }
-
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        self.output.each_mut(visit);
+        let by_token = attended.transpose_axes(&[0, 2, 1, 3])?;
+        let flat = |y: &Array| y.reshape(&[batch, length, -1]);
+        let gated = match (self.gate, beside) {
+            (Some(Gate::Elementwise), [gate]) => ops::multiply(flat(&by_token)?, ops::sigmoid(gate)?)?,
+            (Some(Gate::PerHead), [gate]) => flat(&ops::multiply(&by_token, ops::sigmoid(gate)?.expand_dims(-1)?)?)?,
+            _ => flat(&by_token)?,
+        };
+        self.output.forward(&gated)
     }
 }

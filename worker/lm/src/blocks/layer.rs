@@ -1,183 +1,270 @@
 //! A decoder layer, in the pieces that its cache divides it into.
 
 use super::{
-    attention::{Attend, Heads, Merge, Project},
     feed_forward::FeedForwardBlock,
+    mixer::{self, Merge, Mix, Project},
     norm::Norm,
+    residual::{Join, Split},
 };
 use crate::{
-    cache::KvCache,
+    cache::Cache,
     error::LmError,
-    linear::Parameters,
+    linear::Linear,
     packing::{Packing, Span},
+    parameters::{Parameters, parameters},
     weights::Weights,
 };
-use mlx_cluster_common::spec::{LayerSpec, Mixer, Quantization};
-use mlx_rs::{Array, ops};
+use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Mixer, ModelSpec, Quantization};
+use mlx_rs::{Array, nn, ops};
 use std::fmt::Write;
 
 #[derive(Debug, Clone)]
 pub struct Layer {
     pub before: Before,
-    pub attend: Attend,
+    /// None where the layer has no mixer: then it has no cache and no cut.
+    pub mix: Option<Mix>,
     pub after: After,
 }
 
-/// From the residual stream to the cache: norm, projections, RoPE.
+/// From the residual stream to the cache.
 #[derive(Debug, Clone)]
 pub struct Before {
+    split: Split,
     norm: Option<Norm>,
-    project: Project,
+    project: Option<Project>,
+    signature: String,
 }
+parameters!(Before: split, norm, project);
 
-/// From the cache back to the residual stream: output projection, residual, feed-forward.
+/// From the cache back to the residual stream.
 #[derive(Debug, Clone)]
 pub struct After {
-    merge: Merge,
+    merge: Option<Merge>,
+    /// Of the arrays beside, those that the mixer's `Merge` takes.
+    merge_arity: usize,
     mixer_norm: Option<Norm>,
     feed_forward_norm: Option<Norm>,
-    feed_forward: FeedForwardBlock,
+    feed_forward: Option<FeedForwardBlock>,
     output_norm: Option<Norm>,
+    join: Join,
+    layer_input: Option<LayerInput>,
+    output_scale: Option<Array>,
+    signature: String,
+}
+parameters!(After: merge, mixer_norm, feed_forward_norm, feed_forward, output_norm, join, layer_input, output_scale);
+
+/// What goes from `Before` to `Mix` and `After`.
+#[derive(Debug, Clone, Default)]
+pub struct Flow {
+    /// For the cache.
+    pub mixed: Vec<Array>,
+    /// For `After`.
+    pub beside: Vec<Array>,
 }
 
 impl Layer {
-    pub fn load(weights: &mut Weights, spec: &LayerSpec, quantization: &Quantization) -> Result<Self, LmError> {
-        let Mixer::Attention(attention) = &spec.mixer;
-        Ok(Self {
-            before: Before {
-                norm: Norm::load_optional(weights, &spec.before_mixer)?,
-                project: Project::load(weights, attention, quantization)?,
-            },
-            attend: Attend::new(attention),
-            after: After {
-                merge: Merge::load(weights, attention, quantization)?,
-                mixer_norm: Norm::load_optional(weights, &spec.after_mixer)?,
-                feed_forward_norm: Norm::load_optional(weights, &spec.before_feed_forward)?,
-                feed_forward: FeedForwardBlock::load(weights, &spec.feed_forward, quantization)?,
-                output_norm: Norm::load_optional(weights, &spec.after_feed_forward)?,
-            },
-        })
+    pub fn load(weights: &mut Weights, model: &ModelSpec, number: u32, spec: &LayerSpec) -> Result<Self, LmError> {
+        let quantization = &model.quantization;
+        let (project, mix, merge) = match mixer::load(weights, &spec.mixer, quantization)? {
+            Some((project, mix, merge)) => (Some(project), Some(mix), Some(merge)),
+            None => (None, None, None),
+        };
+        let (split, join) = super::residual::load(weights, &spec.residual, quantization)?;
+        let before = Before {
+            split,
+            norm: Norm::load_optional(weights, &spec.before_mixer)?,
+            project,
+            signature: signature(number, &(&spec.before_mixer, &spec.mixer, &spec.residual)),
+        };
+        let after = After {
+            merge,
+            merge_arity: before.project.as_ref().map_or(0, |project| project.arity().1),
+            mixer_norm: Norm::load_optional(weights, &spec.after_mixer)?,
+            feed_forward_norm: Norm::load_optional(weights, &spec.before_feed_forward)?,
+            feed_forward: FeedForwardBlock::load(weights, &spec.feed_forward, quantization)?,
+            output_norm: Norm::load_optional(weights, &spec.after_feed_forward)?,
+            join,
+            layer_input: spec.layer_input.as_ref().map(|input| LayerInput::load(weights, input, number, quantization)).transpose()?,
+            output_scale: spec.output_scale.as_ref().map(|scale| weights.take(&scale.name)).transpose()?,
+            signature: signature(number, spec),
+        };
+        Ok(Self { before, mix, after })
     }
 
-    /// Attention of every segment of a step over its own cache: `[B, heads, L, head_dim]`. `caches` are those of the packing's spans.
-    pub fn attend(&self, heads: &Heads, packing: &Packing, caches: &mut [&mut KvCache]) -> Result<Array, LmError> {
-        if let [cache] = caches {
-            return self.attend.forward(heads, cache);
-        }
-        let mut attended = Vec::with_capacity(caches.len());
-        for (span, cache) in packing.spans.iter().zip(caches) {
-            let own = Heads {
-                queries: own_rows(&heads.queries, span)?,
-                keys: own_rows(&heads.keys, span)?,
-                values: own_rows(&heads.values, span)?,
-            };
-            let y = self.attend.forward(&own, cache)?;
-            attended.push(if span.length == 1 { y } else { y.transpose_axes(&[2, 1, 0, 3])? });
-        }
-        Ok(ops::concatenate(&attended, 0)?)
+    /// Tells the layers that it stands among: per-layer inputs are counted from the first layer of the stage.
+    pub fn set_first_layer(&mut self, first: u32) -> Result<(), LmError> {
+        self.after.layer_input.as_mut().map_or(Ok(()), |input| input.set_first_layer(first))
     }
 
-    /// The same, but only for the last token of those segments that `wanted` says, whose `queries` are `[wanted, heads, 1, head_dim]`.
-    /// None when nothing is wanted: then only the caches take in the keys and values.
-    pub fn attend_ends(
-        &self,
-        heads: &Heads,
-        queries: Option<&Array>,
-        wanted: &[bool],
-        packing: &Packing,
-        caches: &mut [&mut KvCache],
-    ) -> Result<Option<Array>, LmError> {
-        let mut attended = Vec::new();
-        for ((span, cache), wanted) in packing.spans.iter().zip(caches).zip(wanted) {
-            let single = packing.spans.len() == 1;
-            let rows = |y: &Array| if single { Ok(y.clone()) } else { own_rows(y, span) };
-            let (keys, values) = (rows(&heads.keys)?, rows(&heads.values)?);
-            match queries.filter(|_| *wanted) {
-                Some(queries) => {
-                    let row = attended.len() as i32;
-                    let own = crate::ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
-                    attended.push(self.attend.forward(&Heads { queries: own, keys, values }, cache)?);
-                }
-                None => drop(cache.append(&keys, &values, None)?),
-            }
-        }
-        if attended.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(ops::concatenate(&attended, 0)?))
+    /// Mixes every segment of a step over its own cache. `caches` are those of the packing's spans.
+    pub fn mix(&self, flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<Vec<Array>, LmError> {
+        let Some(mix) = &self.mix else {
+            return Ok(Vec::new());
+        };
+        over_spans(&flow.mixed, packing, caches, |rows, cache, _| mix.forward(rows, cache))
     }
 }
 
-/// A segment's rows of `[tokens, heads, 1, head_dim]` as `[1, heads, length, head_dim]`.
-fn own_rows(y: &Array, span: &Span) -> Result<Array, LmError> {
-    let rows = crate::ffi::slice(y, &[span.row, 0, 0, 0], &[span.row + span.length, y.dim(1), 1, y.dim(3)])?;
-    Ok(if span.length == 1 { rows } else { rows.transpose_axes(&[2, 1, 0, 3])? })
+/// Runs `mix(rows, cache, number)` for every span of a step on its rows of `mixed`, and puts the outcomes side by side again.
+pub fn over_spans(
+    mixed: &[Array],
+    packing: &Packing,
+    caches: &mut [&mut Cache],
+    mut mix: impl FnMut(&[Array], &mut Cache, usize) -> Result<Vec<Array>, LmError>,
+) -> Result<Vec<Array>, LmError> {
+    if let [cache] = caches {
+        return mix(mixed, cache, 0);
+    }
+    let mut columns: Vec<Vec<Array>> = Vec::new();
+    for (number, (span, cache)) in packing.spans.iter().zip(caches).enumerate() {
+        let rows = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
+        for (column, y) in mix(&rows, cache, number)?.into_iter().enumerate() {
+            if columns.len() <= column {
+                columns.push(Vec::new());
+            }
+            columns[column].push(as_rows(y)?);
+        }
+    }
+    columns.iter().map(|column| Ok(ops::concatenate(column, 0)?)).collect()
+}
+
+/// A segment's rows of an array of one token a row: `[tokens, heads, 1, dims]` as `[1, heads, length, dims]`, `[tokens, 1, dims]` as
+/// `[1, length, dims]`.
+pub fn own_rows(y: &Array, span: &Span) -> Result<Array, LmError> {
+    let (start, stop) = (span.row, span.row + span.length);
+    match *y.shape() {
+        [_, heads, _, dims] => {
+            let rows = crate::ffi::slice(y, &[start, 0, 0, 0], &[stop, heads, 1, dims])?;
+            Ok(if span.length == 1 { rows } else { rows.transpose_axes(&[2, 1, 0, 3])? })
+        }
+        [_, _, dims] => Ok(crate::ffi::slice(y, &[start, 0, 0], &[stop, 1, dims])?.reshape(&[1, span.length, dims])?),
+        _ => Err(LmError::Mlx(format!("a mixer's array has shape {:?}", y.shape()))),
+    }
+}
+
+/// The other way round.
+fn as_rows(y: Array) -> Result<Array, LmError> {
+    Ok(match *y.shape() {
+        [_, _, 1, _] | [_, 1, _] => y,
+        [_, _, _, _] => y.transpose_axes(&[2, 1, 0, 3])?,
+        [_, length, dims] => y.reshape(&[length, 1, dims])?,
+        _ => return Err(LmError::Mlx(format!("a mixer gave shape {:?}", y.shape()))),
+    })
 }
 
 impl Before {
+    /// How many arrays go to the cache, and how many past it.
+    pub fn arity(&self) -> (usize, usize) {
+        let (mixed, beside) = self.project.as_ref().map_or((0, 0), Project::arity);
+        (mixed, beside + self.split.arity())
+    }
+
+    pub fn has_mixer(&self) -> bool {
+        self.project.is_some()
+    }
+
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
-    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Heads, LmError> {
-        match &self.norm {
-            Some(norm) => self.project.forward(&norm.forward(x)?, offsets),
-            None => self.project.forward(x, offsets),
-        }
+    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Flow, LmError> {
+        let active = self.split.active(x)?;
+        let normed = self.norm.as_ref().map_or(Ok(active.stream.clone()), |norm| norm.forward(&active.stream))?;
+        let projected = self.project.as_ref().map(|project| project.forward(&normed, offsets)).transpose()?.unwrap_or_default();
+        let mut beside = projected.beside;
+        beside.extend(self.split.beside(active, &normed)?);
+        Ok(Flow { mixed: projected.mixed, beside })
     }
 
     /// Two pieces of the same signature compute the same function of their arrays.
     pub fn signature(&self) -> String {
-        let mut text = format!("before {:?} {}", self.norm.as_ref().map(|norm| norm.eps), self.project.signature());
-        self.each(&mut |array| describe(&mut text, array));
-        text
+        with_arrays(&self.signature, self)
     }
 }
 
 impl After {
-    /// `x` `[B, L, D]` is the residual stream before the layer.
-    pub fn forward(&self, attended: &Array, x: &Array) -> Result<Array, LmError> {
+    /// `x` `[B, L, D]` is the residual stream before the layer; `layer_inputs` `[B, L, layers, dims]` are those of the stage's layers.
+    pub fn forward(&self, mixed: &[Array], beside: &[Array], x: &Array, layer_inputs: Option<&Array>) -> Result<Array, LmError> {
+        let (for_merge, for_join) = beside.split_at(self.merge_arity.min(beside.len()));
         let normed = |norm: &Option<Norm>, y: Array| norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y));
-        let h = ops::add(x, normed(&self.mixer_norm, self.merge.forward(attended)?)?)?;
-        let y = self.feed_forward.forward(&normed(&self.feed_forward_norm, h.clone())?)?;
-        Ok(ops::add(&h, normed(&self.output_norm, y)?)?)
+        let mixed = self.merge.as_ref().map(|merge| normed(&self.mixer_norm, merge.forward(mixed, for_merge)?)).transpose()?;
+        let h = self.join.mixed(x, mixed, for_join)?;
+        let forwarded = match &self.feed_forward {
+            Some(block) => {
+                let input = self.join.feed_forward_input(&h, for_join, |h| normed(&self.feed_forward_norm, h))?;
+                Some(normed(&self.output_norm, block.forward(&input, &h)?)?)
+            }
+            None => None,
+        };
+        let layer_input = |h: &Array| match (&self.layer_input, layer_inputs) {
+            (Some(input), Some(inputs)) => input.forward(h, inputs).map(Some),
+            _ => Ok(None),
+        };
+        let y = self.join.forwarded(h, forwarded, for_join, layer_input)?;
+        match &self.output_scale {
+            Some(scale) => Ok(ops::multiply(y, scale)?),
+            None => Ok(y),
+        }
     }
 
     pub fn signature(&self) -> String {
-        let norms = [&self.mixer_norm, &self.feed_forward_norm, &self.output_norm];
-        let eps = norms.map(|norm| norm.as_ref().map(|norm| norm.eps));
-        let mut text = format!("after {eps:?} {}", self.feed_forward.signature());
-        self.each(&mut |array| describe(&mut text, array));
-        text
+        with_arrays(&self.signature, self)
     }
 }
 
-fn describe(text: &mut String, array: &Array) {
-    // Writing to a String cannot fail.
-    write!(text, " {:?}{:?}", array.dtype(), array.shape()).expect("a String takes all");
+/// `norm(projection(gelu_tanh(gate(h)) · layer_input))`
+#[derive(Debug, Clone)]
+struct LayerInput {
+    gate: Linear,
+    projection: Linear,
+    norm: Norm,
+    number: u32,
+    /// Which of the stage's per-layer inputs: an array, so that layers share a compiled function.
+    index: Array,
+}
+parameters!(LayerInput: gate, projection, norm, index);
+
+impl LayerInput {
+    fn load(weights: &mut Weights, spec: &LayerInputSpec, number: u32, quantization: &Quantization) -> Result<Self, LmError> {
+        Ok(Self {
+            gate: Linear::load(weights, &spec.gate, quantization)?,
+            projection: Linear::load(weights, &spec.projection, quantization)?,
+            norm: Norm::load(weights, &spec.norm)?,
+            number,
+            index: Array::from_slice(&[number as i32], &[1]),
+        })
+    }
+
+    fn set_first_layer(&mut self, first: u32) -> Result<(), LmError> {
+        let index = self.number.checked_sub(first).ok_or_else(|| LmError::Mlx("a layer stands before its stage".into()))?;
+        self.index = Array::from_slice(&[index as i32], &[1]);
+        Ok(())
+    }
+
+    fn forward(&self, h: &Array, layer_inputs: &Array) -> Result<Array, LmError> {
+        let own = layer_inputs.take_axis(&self.index, 2)?.squeeze_axes(&[2])?;
+        let gated = ops::multiply(nn::gelu_approximate(self.gate.forward(h)?)?, own)?;
+        self.norm.forward(&self.projection.forward(&gated)?)
+    }
 }
 
-impl Parameters for Before {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        self.norm.each(visit);
-        self.project.each(visit);
-    }
-
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        self.norm.each_mut(visit);
-        self.project.each_mut(visit);
-    }
+/// The spec without the paths that tell layers apart.
+fn signature(number: u32, spec: &impl std::fmt::Debug) -> String {
+    format!("{spec:?}").replace(&format!(".{number}."), ".")
 }
 
-impl Parameters for After {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        self.merge.each(visit);
-        [&self.mixer_norm, &self.feed_forward_norm].into_iter().for_each(|norm| norm.each(visit));
-        self.feed_forward.each(visit);
-        self.output_norm.each(visit);
-    }
+fn with_arrays(signature: &str, piece: &impl Parameters) -> String {
+    let mut text = signature.to_owned();
+    piece.each(&mut |array| {
+        // Writing to a String cannot fail.
+        write!(text, " {:?}{:?}", array.dtype(), array.shape()).expect("a String takes all");
+    });
+    text
+}
 
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        self.merge.each_mut(visit);
-        [&mut self.mixer_norm, &mut self.feed_forward_norm].into_iter().for_each(|norm| norm.each_mut(visit));
-        self.feed_forward.each_mut(visit);
-        self.output_norm.each_mut(visit);
-    }
+/// An empty cache for every layer that has one of its own.
+pub fn empty_caches(layers: &[LayerSpec]) -> Vec<Option<Cache>> {
+    layers.iter().map(|layer| mixer::empty_cache(&layer.mixer)).collect()
+}
+
+/// The mixer that a source layer's cache belongs to, for stages that keep a copy of it.
+pub fn empty_cache(mixer: &Mixer) -> Option<Cache> {
+    mixer::empty_cache(mixer)
 }

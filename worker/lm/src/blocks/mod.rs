@@ -1,11 +1,17 @@
 //! The building blocks of decoders, each written once: they read like the maths and fall apart at the cache.
 
+mod activation;
 mod attention;
+mod ends;
+mod experts;
 mod feed_forward;
 mod layer;
+mod mixer;
 mod norm;
+mod recurrence;
+mod residual;
 
-pub use attention::{Attend, Heads, Merge, Project};
-pub use feed_forward::FeedForwardBlock;
-pub use layer::{After, Before, Layer};
-pub use norm::Norm;
+pub use ends::{Entry, Exit};
+pub use layer::{After, Before, Flow, Layer, empty_cache, empty_caches, over_spans, own_rows};
+pub use mixer::Mix;
+pub use recurrence::Recurrence;

@@ -1,36 +1,43 @@
-//! Root-mean-square norm (Zhang and Sennrich 2019).
+//! Norms over the last axis.
 
-use crate::{error::LmError, linear::Parameters, weights::Weights};
-use mlx_cluster_common::spec::NormSpec;
-use mlx_rs::{Array, fast};
+use crate::{error::LmError, parameters::parameters, weights::Weights};
+use mlx_cluster_common::spec::{NormKind, NormSpec};
+use mlx_rs::{Array, fast, ops};
 
 #[derive(Debug, Clone)]
 pub struct Norm {
-    weight: Array,
-    pub(super) eps: f32,
+    kind: NormKind,
+    weight: Option<Array>,
+    bias: Option<Array>,
+    eps: f32,
 }
+parameters!(Norm: weight, bias);
 
 impl Norm {
     pub fn load(weights: &mut Weights, spec: &NormSpec) -> Result<Self, LmError> {
-        Ok(Self { weight: weights.take(&format!("{}.weight", spec.path))?, eps: spec.eps })
+        let weight = match spec.kind {
+            NormKind::RmsUnweighted => None,
+            NormKind::Rms { offset } if offset != 0.0 => {
+                let weight = weights.take(&format!("{}.weight", spec.path))?;
+                Some(ops::add(Array::from_f32(offset).as_dtype(weight.dtype())?, &weight)?)
+            }
+            NormKind::Rms { .. } | NormKind::Layer { .. } => Some(weights.take(&format!("{}.weight", spec.path))?),
+        };
+        let bias = match spec.kind {
+            NormKind::Layer { bias: true } => Some(weights.take(&format!("{}.bias", spec.path))?),
+            _ => None,
+        };
+        Ok(Self { kind: spec.kind, weight, bias, eps: spec.eps })
     }
 
     pub fn load_optional(weights: &mut Weights, spec: &Option<NormSpec>) -> Result<Option<Self>, LmError> {
         spec.as_ref().map(|spec| Norm::load(weights, spec)).transpose()
     }
 
-    /// Over the last axis.
     pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
-        Ok(fast::rms_norm(x, Some(&self.weight), self.eps)?)
-    }
-}
-
-impl Parameters for Norm {
-    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
-        visit(&self.weight);
-    }
-
-    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
-        visit(&mut self.weight);
+        Ok(match self.kind {
+            NormKind::Rms { .. } | NormKind::RmsUnweighted => fast::rms_norm(x, self.weight.as_ref(), self.eps)?,
+            NormKind::Layer { .. } => fast::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)?,
+        })
     }
 }

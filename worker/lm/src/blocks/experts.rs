@@ -1,0 +1,221 @@
+//! Mixture of experts: a router picks experts for each token and weighs what they make of it.
+
+use super::{activation, feed_forward::Mlp};
+use crate::{
+    error::LmError,
+    linear::{Experts, Linear},
+    parameters::parameters,
+    weights::Weights,
+};
+use mlx_cluster_common::spec::{
+    Activation, ExpertInputs, ExpertMlpSpec, GroupScore, MoeSpec, Quantization, RouterGroups, RouterScores, RouterSpec,
+};
+use mlx_rs::{Array, Dtype, fast, ops};
+
+/// From this many routed rows on, rows are sorted by expert, so that each expert's weights are read once (as in mlx-lm).
+const SORT_FROM: i32 = 64;
+
+#[derive(Debug, Clone)]
+pub struct Moe {
+    router: Router,
+    experts: ExpertMlp,
+    shared: Option<Mlp>,
+    shared_gate: Option<Linear>,
+    into_latent: Option<Linear>,
+    out_of_latent: Option<Linear>,
+}
+parameters!(Moe: router, experts, shared, shared_gate, into_latent, out_of_latent);
+
+impl Moe {
+    pub(super) fn load(weights: &mut Weights, spec: &MoeSpec, quantization: &Quantization) -> Result<Self, LmError> {
+        let router = Router::load(weights, &spec.router, quantization)?;
+        let experts = ExpertMlp::load(weights, &spec.experts, quantization)?;
+        let mut linear = |linear: Option<&_>| linear.map(|linear| Linear::load(weights, linear, quantization)).transpose();
+        let shared_gate = linear(spec.shared.as_ref().and_then(|shared| shared.gate.as_ref()))?;
+        let into_latent = linear(spec.latent.as_ref().map(|(into, _)| into))?;
+        let out_of_latent = linear(spec.latent.as_ref().map(|(_, out)| out))?;
+        let shared = spec.shared.as_ref().map(|shared| Mlp::load(weights, &shared.mlp, quantization)).transpose()?;
+        Ok(Self { router, experts, shared, shared_gate, into_latent, out_of_latent })
+    }
+
+    /// `[B, L, D] -> [B, L, D]`
+    pub(super) fn forward(&self, x: &Array) -> Result<Array, LmError> {
+        self.forward_with_router_input(x, x)
+    }
+
+    /// The same where the router sees something else than the experts.
+    pub(super) fn forward_with_router_input(&self, x: &Array, router_input: &Array) -> Result<Array, LmError> {
+        let (indices, scores) = self.router.route(router_input)?;
+        let inner = self.into_latent.as_ref().map_or(Ok(x.clone()), |linear| linear.forward(x))?;
+        let y = self.experts.forward(&inner, &indices)?;
+        let weighted = ops::multiply(&y, scores.expand_dims(-1)?)?.sum_axis(-2, false)?.as_dtype(y.dtype())?;
+        let routed = self.out_of_latent.as_ref().map_or(Ok(weighted.clone()), |linear| linear.forward(&weighted))?;
+        let Some(shared) = &self.shared else {
+            return Ok(routed);
+        };
+        let shared = shared.forward(x)?;
+        Ok(match &self.shared_gate {
+            Some(gate) => ops::add(routed, ops::multiply(ops::sigmoid(gate.forward(x)?)?, shared)?)?,
+            None => ops::add(routed, shared)?,
+        })
+    }
+}
+
+/// Scores experts, picks the best and weighs them.
+#[derive(Debug, Clone)]
+struct Router {
+    linear: Linear,
+    input_scale: Option<Array>,
+    input_factor: f32,
+    input_eps: f32,
+    correction_bias: Option<Array>,
+    expert_scale: Option<Array>,
+    top_k: i32,
+    scores: RouterScores,
+    groups: Option<RouterGroups>,
+    renormalise: Option<f32>,
+    scale: f32,
+}
+parameters!(Router: linear, input_scale, correction_bias, expert_scale);
+
+impl Router {
+    fn load(weights: &mut Weights, spec: &RouterSpec, quantization: &Quantization) -> Result<Self, LmError> {
+        let linear = Linear::load(weights, &spec.linear, quantization)?;
+        let mut tensor =
+            |tensor: Option<&mlx_cluster_common::spec::TensorSpec>| tensor.map(|tensor| weights.take(&tensor.name)).transpose();
+        Ok(Self {
+            linear,
+            input_scale: tensor(spec.input_scale.as_ref().map(|(scale, _)| scale))?,
+            input_factor: (spec.linear.input_dims as f32).powf(-0.5),
+            input_eps: spec.input_scale.as_ref().map_or(0.0, |(_, eps)| *eps),
+            correction_bias: tensor(spec.correction_bias.as_ref())?,
+            expert_scale: tensor(spec.expert_scale.as_ref())?,
+            top_k: spec.top_k as i32,
+            scores: spec.scores,
+            groups: spec.groups,
+            renormalise: spec.renormalise,
+            scale: spec.scale,
+        })
+    }
+
+    /// The experts of each token `[B, L, k]` and their weights.
+    fn route(&self, x: &Array) -> Result<(Array, Array), LmError> {
+        let logits = self.linear.forward(&self.input(x)?)?;
+        let scores = match self.scores {
+            RouterScores::Softmax => ops::softmax_axis(&logits, -1, true)?,
+            RouterScores::Sigmoid => ops::sigmoid(logits.as_dtype(Dtype::Float32)?)?,
+            RouterScores::SoftmaxOfPicked => logits,
+        };
+        let indices = self.pick(&scores)?;
+        let mut picked = scores.take_along_axis(&indices, -1)?;
+        if self.scores == RouterScores::SoftmaxOfPicked {
+            picked = ops::softmax_axis(&picked, -1, true)?;
+        }
+        if let Some(eps) = self.renormalise.filter(|_| self.top_k > 1 || self.scores != RouterScores::Sigmoid) {
+            let sum = picked.sum_axis(-1, true)?;
+            let sum = if eps == 0.0 { sum } else { ops::add(&sum, scalar(eps, &sum)?)? };
+            picked = ops::divide(&picked, sum)?;
+        }
+        if self.scale != 1.0 {
+            picked = ops::multiply(&picked, scalar(self.scale, &picked)?)?;
+        }
+        if let Some(scale) = &self.expert_scale {
+            picked = ops::multiply(&picked, scale.take_axis(&indices, 0)?)?;
+        }
+        Ok((indices, picked))
+    }
+
+    fn input(&self, x: &Array) -> Result<Array, LmError> {
+        let Some(scale) = &self.input_scale else {
+            return Ok(x.clone());
+        };
+        let normed = fast::rms_norm(x, None, self.input_eps)?;
+        let scale = ops::multiply(scale, scalar(self.input_factor, scale)?)?;
+        Ok(ops::multiply(normed, scale)?)
+    }
+
+    /// The `top_k` best of the scores `[B, L, E]`, in no order.
+    fn pick(&self, scores: &Array) -> Result<Array, LmError> {
+        let corrected = match &self.correction_bias {
+            Some(bias) => ops::add(scores, bias)?,
+            None => scores.clone(),
+        };
+        let eligible = match self.groups {
+            Some(groups) if groups.count > 1 => only_best_groups(&corrected, groups)?,
+            _ => corrected,
+        };
+        let indices = ops::argpartition_axis(eligible.negative()?, self.top_k - 1, -1)?;
+        Ok(indices.split_at_indices(&[self.top_k], -1)?.swap_remove(0))
+    }
+}
+
+/// Scores `[.., E]` with those of the worse groups set to zero, as DeepSeek's routers do.
+fn only_best_groups(scores: &Array, groups: RouterGroups) -> Result<Array, LmError> {
+    let (count, dropped) = (groups.count as i32, (groups.count - groups.kept) as i32);
+    if dropped == 0 {
+        return Ok(scores.clone());
+    }
+    let shape = scores.shape().to_vec();
+    let grouped = scores.reshape(&[shape[0], shape[1], count, -1])?;
+    let by_group = match groups.by {
+        GroupScore::Best => grouped.max_axis(-1, true)?,
+        GroupScore::SumOfBestTwo => ops::indexing::topk_axis(&grouped, 2, -1)?.sum_axis(-1, true)?,
+    };
+    let worst = ops::argpartition_axis(&by_group, dropped - 1, -2)?.split_at_indices(&[dropped], -2)?.swap_remove(0);
+    let worst = ops::broadcast_to(&worst, &[shape[0], shape[1], dropped, grouped.dim(-1)])?;
+    let kept = grouped.put_along_axis(worst, scalar(0.0, scores)?, -2)?;
+    Ok(kept.reshape(&shape)?)
+}
+
+/// The experts' MLPs, stacked.
+#[derive(Debug, Clone)]
+struct ExpertMlp {
+    inputs: Vec<Experts>,
+    activation: Activation,
+    down: Experts,
+}
+parameters!(ExpertMlp: inputs, down);
+
+impl ExpertMlp {
+    fn load(weights: &mut Weights, spec: &ExpertMlpSpec, quantization: &Quantization) -> Result<Self, LmError> {
+        let mut load = |experts| Experts::load(weights, experts, quantization);
+        let inputs = match &spec.inputs {
+            ExpertInputs::Gated { gate, up } => vec![load(gate)?, load(up)?],
+            ExpertInputs::Plain(up) => vec![load(up)?],
+        };
+        Ok(Self { inputs, activation: spec.activation, down: load(&spec.down)? })
+    }
+
+    /// `x` `[B, L, D]` through the experts `indices` `[B, L, k]`: `[B, L, k, D]`.
+    fn forward(&self, x: &Array, indices: &Array) -> Result<Array, LmError> {
+        let expanded = x.expand_dims_axes(&[-2, -3])?;
+        if (indices.size() as i32) < SORT_FROM {
+            return Ok(self.apply(&expanded, indices, false)?.squeeze_axes(&[-2])?);
+        }
+        let top_k = indices.dim(-1);
+        let flat = indices.flatten(None, None)?;
+        let order = ops::argsort_axis(&flat, -1)?;
+        let back = ops::argsort_axis(&order, -1)?;
+        let row = ops::floor_divide(&order, Array::from_int(top_k).as_dtype(order.dtype())?)?;
+        let sorted = expanded.reshape(&[-1, 1, x.dim(-1)])?.take_axis(row, 0)?;
+        let y = self.apply(&sorted, &flat.take_axis(&order, 0)?, true)?.take_axis(back, 0)?;
+        let shape = [indices.shape(), &[y.dim(-1)]].concat();
+        Ok(y.reshape(&shape)?)
+    }
+
+    fn apply(&self, x: &Array, indices: &Array, sorted: bool) -> Result<Array, LmError> {
+        let inner = match self.inputs.as_slice() {
+            [gate, up] => {
+                let (up, gate) = (up.forward(x, indices, sorted)?, gate.forward(x, indices, sorted)?);
+                activation::gated(self.activation, &gate, &up)?
+            }
+            [up] => activation::plain(self.activation, &up.forward(x, indices, sorted)?)?,
+            _ => return Err(LmError::Mlx("an expert has one or two input linears".into())),
+        };
+        self.down.forward(&inner, indices, sorted)
+    }
+}
+
+fn scalar(value: f32, like: &Array) -> Result<Array, LmError> {
+    Ok(Array::from_f32(value).as_dtype(like.dtype())?)
+}

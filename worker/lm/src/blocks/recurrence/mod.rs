@@ -1,0 +1,64 @@
+//! Mixers whose memory of a sequence has a fixed size: what they have in common.
+
+mod convolution;
+mod short_convolution;
+
+pub(super) use short_convolution::{ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject};
+
+use crate::{cache::RecurrentState, error::LmError, parameters::Parameters};
+use mlx_rs::{Array, Dtype};
+
+/// The part of a recurrent mixer that stands at its state.
+#[derive(Debug, Clone)]
+pub enum Recurrence {
+    ShortConvolution(ShortConvolution),
+}
+
+impl Recurrence {
+    /// Runs the new tokens of one sequence and moves its state on.
+    pub fn forward(&self, rows: &[Array], state: &mut RecurrentState) -> Result<Array, LmError> {
+        if state.arrays.is_empty() {
+            let dtype = rows.first().map_or(Dtype::Float32, Array::dtype);
+            state.arrays = self.initial_state(dtype)?;
+        }
+        let (y, moved) = self.step(rows, &state.arrays)?;
+        state.arrays = moved;
+        Ok(y)
+    }
+
+    /// The state before the first token, for activations of this type.
+    fn initial_state(&self, dtype: Dtype) -> Result<Vec<Array>, LmError> {
+        match self {
+            Self::ShortConvolution(inner) => inner.initial_state(dtype),
+        }
+    }
+
+    /// What comes out, and the state after: a pure function, so that it can be compiled.
+    pub fn step(&self, rows: &[Array], state: &[Array]) -> Result<(Array, Vec<Array>), LmError> {
+        match self {
+            Self::ShortConvolution(inner) => inner.step(rows, state),
+        }
+    }
+}
+
+impl Parameters for Recurrence {
+    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
+        match self {
+            Self::ShortConvolution(inner) => inner.each(visit),
+        }
+    }
+
+    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
+        match self {
+            Self::ShortConvolution(inner) => inner.each_mut(visit),
+        }
+    }
+}
+
+/// The one array of a list that is known to hold one.
+pub(super) fn only(arrays: &[Array]) -> Result<&Array, LmError> {
+    match arrays {
+        [array] => Ok(array),
+        _ => Err(LmError::Mlx(format!("a mixer got {} arrays, wanted 1", arrays.len()))),
+    }
+}
