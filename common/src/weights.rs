@@ -195,7 +195,7 @@ impl Assignment<'_> {
             return Ok(vec![("weight", shape, Wanted::Float)]);
         }
         let scheme = self.spec.quantization.scheme(path).or(self.spec.quantization.scheme(scheme_path));
-        let QuantizationScheme { group_size, bits } = scheme.ok_or_else(|| WeightError::NoScheme { path: path.to_owned() })?;
+        let QuantizationScheme { group_size, bits, .. } = scheme.ok_or_else(|| WeightError::NoScheme { path: path.to_owned() })?;
         let (rows, input) = shape.split_at(shape.len() - 1);
         let with = |columns: u64| rows.iter().copied().chain([columns]).collect::<Vec<_>>();
         let (packed, groups) = (input[0] * u64::from(bits) / 32, input[0] / u64::from(group_size));

@@ -3,7 +3,7 @@
 mod quantization;
 mod rope;
 
-pub use quantization::{Quantization, QuantizationScheme};
+pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
 pub use rope::{RopeKind, RopeSpec};
 
 use crate::dtype::DType;

@@ -7,6 +7,7 @@ pub mod error;
 pub mod ffi;
 pub mod linear;
 pub mod packing;
+pub mod parameters;
 pub mod probe;
 pub mod rope;
 pub mod sample;

@@ -106,9 +106,9 @@ impl Moe {
             router: Linear::load(weights, &spec.router, quantization)?,
             scoring: spec.scoring,
             top_k: spec.top_k as i32,
-            gate: Experts::load(weights, &spec.gate, quantization)?,
-            up: Experts::load(weights, &spec.up, quantization)?,
-            down: Experts::load(weights, &spec.down, quantization)?,
+            gate: Experts::load(weights, &spec.gate, false, quantization)?,
+            up: Experts::load(weights, &spec.up, false, quantization)?,
+            down: Experts::load(weights, &spec.down, false, quantization)?,
         })
     }
 
