@@ -2,6 +2,7 @@
 
 use crate::{
     config::{Config, ConfigError},
+    published::Published,
     spec::{
         AttentionSpec, EmbeddingSpec, ExpertsSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, ModelSpec, NormSpec, Quantization, RopeSpec,
     },
@@ -126,7 +127,7 @@ impl<'a> Decoder<'a> {
             quantization: Quantization::from_config(self.config, self.model_type)?,
             max_position_embeddings: self.config.maybe_u32("max_position_embeddings", 1, u32::MAX)?,
             eos_token_ids: self.config.eos_token_ids(self.vocab_size)?,
-            ignored_suffixes: vec!["rotary_emb.inv_freq"],
+            published: Published::default(),
         })
     }
 
@@ -135,29 +136,12 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Linears of the experts under `stacked`, published one by one under `published` (with `{}` for the expert's number).
-pub(super) struct ExpertNames<'a> {
-    pub(super) stacked: &'a str,
-    pub(super) published: &'a str,
-    /// Published names of the gate, up and down projection.
-    pub(super) projections: [&'a str; 3],
-}
-
-/// Gate, up and down projection of `n_experts` gated MLPs.
-pub(super) fn experts(names: &ExpertNames, n_experts: u32, hidden_size: u32, intermediate_size: u32) -> [ExpertsSpec; 3] {
+/// Gate, up and down projection of `n_experts` gated MLPs, stacked under `path`.
+pub(super) fn experts(path: &str, n_experts: u32, hidden_size: u32, intermediate_size: u32) -> [ExpertsSpec; 3] {
     let projections = [
         ("gate_proj", hidden_size, intermediate_size),
         ("up_proj", hidden_size, intermediate_size),
         ("down_proj", intermediate_size, hidden_size),
     ];
-    std::array::from_fn(|i| {
-        let (name, input_dims, output_dims) = projections[i];
-        ExpertsSpec {
-            path: format!("{}.{name}", names.stacked),
-            published: format!("{}.{}", names.published, names.projections[i]),
-            n_experts,
-            input_dims,
-            output_dims,
-        }
-    })
+    projections.map(|(name, input_dims, output_dims)| ExpertsSpec { path: format!("{path}.{name}"), n_experts, input_dims, output_dims })
 }

@@ -1,8 +1,9 @@
 //! Mixtral: Mistral with routed experts; the best experts first, softmax over them.
 
-use super::blocks::{AttentionBias, Decoder, ExpertNames, experts};
+use super::blocks::{AttentionBias, Decoder, experts};
 use crate::{
     config::{Config, ConfigError},
+    published::{Published, PublishedError, Tensors},
     spec::{FeedForward, LayerSpec, Mixer, ModelSpec, MoeSpec, RouterScoring},
 };
 
@@ -22,14 +23,18 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             after_feed_forward: None,
         })
     });
-    decoder.model(layers.collect::<Result<_, _>>()?, false)
+    let model = decoder.model(layers.collect::<Result<_, _>>()?, false)?;
+    Ok(ModelSpec { published: Published::new(published), ..model })
+}
+
+fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError> {
+    let projections = [("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")];
+    tensors.stack_experts("block_sparse_moe.experts", "block_sparse_moe.switch_mlp", &projections)
 }
 
 fn moe(decoder: &Decoder, layer: &str, n_experts: u32) -> Result<MoeSpec, ConfigError> {
     let block = format!("{layer}.block_sparse_moe");
-    let (stacked, published) = (format!("{block}.switch_mlp"), format!("{block}.experts.{{}}"));
-    let names = ExpertNames { stacked: &stacked, published: &published, projections: ["w1", "w3", "w2"] };
-    let [gate, up, down] = experts(&names, n_experts, decoder.hidden_size, decoder.intermediate_size()?);
+    let [gate, up, down] = experts(&format!("{block}.switch_mlp"), n_experts, decoder.hidden_size, decoder.intermediate_size()?);
     Ok(MoeSpec {
         router: decoder.linear(format!("{block}.gate"), decoder.hidden_size, n_experts, false),
         scoring: RouterScoring::TopKThenSoftmax,

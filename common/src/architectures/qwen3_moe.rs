@@ -1,8 +1,9 @@
 //! Qwen 3 with routed experts: softmax over all experts, the best ones, renormalised when the config says so; some layers stay dense.
 
-use super::blocks::{AttentionBias, Decoder, ExpertNames, experts};
+use super::blocks::{AttentionBias, Decoder, experts};
 use crate::{
     config::{Config, ConfigError},
+    published::{Published, PublishedError, Tensors},
     spec::{FeedForward, LayerSpec, Mixer, ModelSpec, MoeSpec, RouterScoring},
 };
 
@@ -29,14 +30,19 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             after_feed_forward: None,
         })
     });
-    decoder.model(layers.collect::<Result<_, _>>()?, false)
+    let model = decoder.model(layers.collect::<Result<_, _>>()?, false)?;
+    Ok(ModelSpec { published: Published::new(published), ..model })
+}
+
+fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError> {
+    let projections = ["gate_proj", "up_proj", "down_proj"].map(|name| (name, name));
+    tensors.stack_experts("mlp.experts", "mlp.switch_mlp", &projections)
 }
 
 fn moe(decoder: &Decoder, layer: &str, n_experts: u32) -> Result<MoeSpec, ConfigError> {
     let config = decoder.config;
-    let (stacked, published) = (format!("{layer}.mlp.switch_mlp"), format!("{layer}.mlp.experts.{{}}"));
-    let names = ExpertNames { stacked: &stacked, published: &published, projections: ["gate_proj", "up_proj", "down_proj"] };
-    let [gate, up, down] = experts(&names, n_experts, decoder.hidden_size, config.u32("moe_intermediate_size", 1, 1 << 22)?);
+    let intermediate_size = config.u32("moe_intermediate_size", 1, 1 << 22)?;
+    let [gate, up, down] = experts(&format!("{layer}.mlp.switch_mlp"), n_experts, decoder.hidden_size, intermediate_size);
     Ok(MoeSpec {
         router: decoder.linear(format!("{layer}.mlp.gate"), decoder.hidden_size, n_experts, false),
         scoring: RouterScoring::SoftmaxThenTopK { renormalise: config.bool_or("norm_topk_prob", false)? },

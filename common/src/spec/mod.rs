@@ -6,7 +6,7 @@ mod rope;
 pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
 pub use rope::{RopeKind, RopeSpec};
 
-use crate::dtype::DType;
+use crate::{dtype::DType, published::Published};
 use std::ops::Range;
 
 /// A decoder: embedding, layers, final norm, head.
@@ -24,8 +24,8 @@ pub struct ModelSpec {
     /// Longest sequence that the model was made for, where the config says.
     pub max_position_embeddings: Option<u32>,
     pub eos_token_ids: Vec<u32>,
-    /// Published tensors that the computation has no use for: names that end like this.
-    pub ignored_suffixes: Vec<&'static str>,
+    /// How the names and layouts of published checkpoints become those of this spec.
+    pub published: Published,
 }
 
 /// Rows of a table, one a token: `[vocab_size, dims]`.
@@ -57,11 +57,17 @@ pub struct LinearSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertsSpec {
     pub path: String,
-    /// How the checkpoint names one expert's linear, with `{}` for its number, when it is not published stacked.
-    pub published: String,
     pub n_experts: u32,
     pub input_dims: u32,
     pub output_dims: u32,
+}
+
+/// A parameter that belongs to no linear, embedding or norm.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its whole name.
+    pub name: String,
+    pub shape: Vec<u32>,
 }
 
 /// Root-mean-square norm over the last axis: `x / sqrt(mean(x²) + eps) · w` (Zhang and Sennrich 2019).
@@ -159,6 +165,7 @@ pub enum Weight<'a> {
     Linear(&'a LinearSpec),
     Experts(&'a ExpertsSpec),
     Norm(&'a NormSpec),
+    Tensor(&'a TensorSpec),
 }
 
 impl ModelSpec {
@@ -248,6 +255,7 @@ impl Weight<'_> {
             Weight::Linear(linear) => &linear.path,
             Weight::Experts(experts) => &experts.path,
             Weight::Norm(norm) => &norm.path,
+            Weight::Tensor(tensor) => &tensor.name,
         }
     }
 }
