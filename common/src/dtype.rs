@@ -38,8 +38,12 @@ impl DType {
         (DType::F64, "F64", 8),
     ];
 
-    /// The type of this name in a safetensors header; None for one that no model here uses.
+    /// The type that MLX reads a tensor of this type in a safetensors header as; None for one that it cannot read. Floats of eight bits
+    /// are bytes to it, and so they are here: what their bits mean is up to who uses them.
     pub fn from_safetensors(name: &str) -> Option<DType> {
+        if ["F8_E4M3", "F8_E8M0"].contains(&name) {
+            return Some(DType::U8);
+        }
         Self::ALL.iter().find(|(_, known, _)| *known == name).map(|(dtype, _, _)| *dtype)
     }
 

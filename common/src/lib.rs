@@ -6,6 +6,7 @@ pub mod dtype;
 pub mod engine;
 pub mod ids;
 pub mod plan;
+pub mod published;
 pub mod request;
 pub mod sampling;
 pub mod spec;

@@ -65,15 +65,20 @@ pub fn folder_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
     Ok(weights.merge(&model, headers)?)
 }
 
-/// The same from the weight files that are there, whether they are all of the model's or not. Blocks on the disk.
+/// The same from the weight files that are there, whether they are all of the model's or not; of the others, names as far as the published
+/// index is there. Blocks on the disk.
 pub fn partial_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
     let model = folder.display().to_string();
+    let published: Option<IndexFile> = read_json_if_present(&folder.join(WEIGHT_INDEX_FILE))?;
     let weights = WeightFiles::without_index(&model, &file_names(folder)?)?;
     let mut headers = Vec::with_capacity(weights.files.len());
     for file in &weights.files {
         headers.push((file.clone(), read_header(&folder.join(file))?));
     }
-    Ok(weights.merge(&model, headers)?)
+    let mut index = weights.merge(&model, headers)?;
+    let names = published.into_iter().flat_map(|published| published.weight_map.into_keys());
+    index.elsewhere = names.filter(|name| !index.tensors.contains_key(name)).collect();
+    Ok(index)
 }
 
 impl WeightFiles {
@@ -131,7 +136,7 @@ impl WeightFiles {
                 return Err(IndexError::TensorNotInFile { model: model.to_owned(), tensor, file });
             }
         }
-        Ok(WeightIndex { tensors })
+        Ok(WeightIndex { tensors, elsewhere: BTreeSet::new() })
     }
 }
 

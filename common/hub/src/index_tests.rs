@@ -49,6 +49,17 @@ fn several_files_follow_the_index() {
 }
 
 #[test]
+fn of_files_that_are_not_here_the_index_tells_the_names() {
+    let model = folder(&[
+        ("model-00001-of-00002.safetensors", weights(&["a"])),
+        index_file(&[("a", "model-00001-of-00002.safetensors"), ("b", "model-00002-of-00002.safetensors")]),
+    ]);
+    let index = partial_weight_index(model.path()).unwrap();
+    assert_eq!(index.tensors.keys().collect::<Vec<_>>(), ["a"]);
+    assert_eq!(index.elsewhere.iter().collect::<Vec<_>>(), ["b"]);
+}
+
+#[test]
 fn a_file_that_the_index_names_is_missing() {
     let message =
         refused(&[("model-1.safetensors", weights(&["a"])), index_file(&[("a", "model-1.safetensors"), ("b", "model-2.safetensors")])]);

@@ -2,6 +2,7 @@
 
 use crate::{
     config::{Config, ConfigError},
+    published::Published,
     spec::{
         Activation, AttentionSpec, EmbeddingSpec, ExpertInputs, ExpertMlpSpec, ExpertsSpec, FeedForward, HeadNorms, HeadSpec, LayerSpec,
         LinearSpec, LogitsSpec, Mixer, MlpInputs, MlpSpec, ModelSpec, NormKind, NormSpec, Projections, Quantization, RopeSpec,
@@ -202,7 +203,7 @@ impl<'a> Decoder<'a> {
             quantization: Quantization::from_config(&self.source.root, self.source.model_type)?,
             max_position_embeddings: self.config.maybe_u32("max_position_embeddings", 1, u32::MAX)?,
             eos_token_ids: eos_token_ids(&self.source, self.vocab_size)?,
-            ignored_suffixes: vec!["rotary_emb.inv_freq"],
+            published: Published::default(),
         })
     }
 

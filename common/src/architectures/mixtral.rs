@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     config::ConfigError,
+    published::{Published, PublishedError, Tensors},
     spec::{FeedForward, LinearSpec, Mixer, ModelSpec, MoeSpec, RouterSpec},
 };
 
@@ -21,7 +22,12 @@ pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
         let moe = moe(&decoder, &format!("{path}.block_sparse_moe"), n_experts)?;
         Ok(decoder.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), FeedForward::Experts(Box::new(moe))))
     })?;
-    decoder.model(layers, false)
+    Ok(ModelSpec { published: Published::new(published), ..decoder.model(layers, false)? })
+}
+
+fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError> {
+    let projections = [("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")];
+    tensors.stack_experts("block_sparse_moe.experts", "block_sparse_moe.switch_mlp", &projections)
 }
 
 fn moe(decoder: &Decoder, path: &str, n_experts: u32) -> Result<MoeSpec, ConfigError> {

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     config::ConfigError,
+    published::{Published, PublishedError, Tensors},
     spec::{FeedForward, LinearSpec, Mixer, ModelSpec, MoeSpec, RouterSpec},
 };
 
@@ -31,7 +32,12 @@ pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
         };
         Ok(decoder.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), feed_forward))
     })?;
-    decoder.model(layers, false)
+    Ok(ModelSpec { published: Published::new(published), ..decoder.model(layers, false)? })
+}
+
+fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError> {
+    let projections = ["gate_proj", "up_proj", "down_proj"].map(|name| (name, name));
+    tensors.stack_experts("mlp.experts", "mlp.switch_mlp", &projections)
 }
 
 fn moe(decoder: &Decoder, path: &str, n_experts: u32) -> Result<MoeSpec, ConfigError> {

@@ -17,13 +17,13 @@ pub use feed_forward::{
 };
 pub use layer::{AlternatingUpdatesSpec, LayerInputSpec, LayerInputsSpec, LayerSpec, Mixer, Residual, StreamsSpec};
 pub use parameters::{ConvolutionSpec, EmbeddingSpec, ExpertsSpec, HeadLinearSpec, LinearSpec, NormKind, NormSpec, TensorSpec, Weight};
-pub use quantization::{Quantization, QuantizationScheme};
+pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
 pub use recurrent::{
     GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs, StateSpaceSpec,
 };
 pub use rope::{RopeKind, RopeSpec};
 
-use crate::dtype::DType;
+use crate::{dtype::DType, published::Published};
 use std::{collections::BTreeSet, ops::Range};
 
 /// A decoder: embedding, layers, final norm, head.
@@ -46,8 +46,8 @@ pub struct ModelSpec {
     /// Longest sequence that the model was made for, where the config says.
     pub max_position_embeddings: Option<u32>,
     pub eos_token_ids: Vec<u32>,
-    /// Published tensors that the computation has no use for: names that end like this.
-    pub ignored_suffixes: Vec<&'static str>,
+    /// How the names and layouts of published checkpoints become those of this spec.
+    pub published: Published,
 }
 
 /// What turns the last hidden state into logits.

@@ -12,6 +12,8 @@ pub enum LmError {
     Read { file: String, cause: String },
     #[error("`{name}` is {found} in {file}, its header said {wanted}: the file changed while it was loaded")]
     Changed { name: String, file: String, found: String, wanted: String },
+    #[error("`{name}` was made as {found}, planned was {planned}")]
+    Made { name: String, found: String, planned: String },
     #[error("parameter `{name}` was not loaded for this shard")]
     NotLoaded { name: String },
     #[error("{count} loaded parameters were not used, the first is `{first}`")]

@@ -2,9 +2,15 @@
 #![allow(unsafe_code)]
 
 use crate::error::LmError;
-use mlx_cluster_common::dtype::DType;
-use mlx_rs::{Array, Dtype, Stream};
-use std::ffi::c_void;
+use mlx_cluster_common::{
+    dtype::DType,
+    spec::{QuantizationMode, QuantizationScheme},
+};
+use mlx_rs::{Array, Dtype, Stream, ops};
+use std::{
+    ffi::{CStr, c_void},
+    sync::Once,
+};
 
 /// MLX's type for ours.
 pub fn to_mlx(dtype: DType) -> Dtype {
@@ -100,8 +106,129 @@ pub fn slice_update(array: &Array, update: &Array, start: &[i32], stop: &[i32]) 
     })
 }
 
+/// A quantised matrix, or a stack of them, `[.., output, input]` as MLX takes it. mlx-rs wraps these operations for affine groups alone.
+#[derive(Debug, Clone, Copy)]
+pub struct Quantised<'a> {
+    /// Packed words `[.., output, packed_columns]`.
+    pub weight: &'a Array,
+    /// `[.., output, groups]`.
+    pub scales: &'a Array,
+    /// As the scales; None for modes without.
+    pub biases: Option<&'a Array>,
+    pub scheme: QuantizationScheme,
+}
+
+impl Quantised<'_> {
+    fn raw_biases(&self) -> mlx_sys::mlx_array {
+        self.biases.map_or(no_array(), Array::as_ptr)
+    }
+
+    /// What MLX refused; its own message is kept by mlx-rs, which hands it to nobody else.
+    fn refused(&self, name: &str, x: &Array) -> LmError {
+        let (weight, scales) = (self.weight.shape(), self.scales.shape());
+        LmError::Mlx(format!("{name} failed for {:?} {:?}, weight {weight:?}, scales {scales:?}, {:?}", x.dtype(), x.shape(), self.scheme))
+    }
+}
+
+/// `x Wᵀ`, or `x W` without `transpose`; `x` is `[.., input]`, or `[.., output]`.
+pub fn quantized_matmul(x: &Array, matrix: &Quantised, transpose: bool) -> Result<Array, LmError> {
+    let (group_size, bits, mode) = raw_scheme(&matrix.scheme);
+    let (weight, scales, biases) = (matrix.weight.as_ptr(), matrix.scales.as_ptr(), matrix.raw_biases());
+    call("quantized_matmul", |result, stream| {
+        // SAFETY: handles as in `contiguous`, an empty one stands for no biases; `mode` is a NUL-terminated constant.
+        unsafe { mlx_sys::mlx_quantized_matmul(result, x.as_ptr(), weight, scales, biases, transpose, group_size, bits, mode, stream) }
+    })
+    .map_err(|_| matrix.refused("quantized_matmul", x))
+}
+
+/// `x Wᵀ` with the matrices `indices` of a stack, one for each row of `x`; see MLX's `gather_qmm`.
+pub fn gather_quantized_matmul(x: &Array, stack: &Quantised, indices: &Array, sorted: bool) -> Result<Array, LmError> {
+    let (group_size, bits, mode) = raw_scheme(&stack.scheme);
+    let (weight, scales, biases) = (stack.weight.as_ptr(), stack.scales.as_ptr(), stack.raw_biases());
+    call("gather_qmm", |result, stream| {
+        let (x, rows, indices) = (x.as_ptr(), no_array(), indices.as_ptr());
+        // SAFETY: as in `quantized_matmul`; an empty handle stands for no choice of rows.
+        unsafe { mlx_sys::mlx_gather_qmm(result, x, weight, scales, biases, rows, indices, true, group_size, bits, mode, sorted, stream) }
+    })
+    .map_err(|_| stack.refused("gather_qmm", x))
+}
+
+/// The matrix as numbers: of the scales' type, or bfloat16 where scales are bytes, since those do not tell it.
+pub fn dequantize(matrix: &Quantised) -> Result<Array, LmError> {
+    let (group_size, bits, mode) = raw_scheme(&matrix.scheme);
+    let (weight, scales, biases) = (matrix.weight.as_ptr(), matrix.scales.as_ptr(), matrix.raw_biases());
+    let dtype = mlx_sys::mlx_optional_dtype { value: mlx_sys::mlx_dtype__MLX_BFLOAT16, has_value: false };
+    call("dequantize", |result, stream| {
+        // SAFETY: as in `quantized_matmul`; an empty handle stands for no global scale.
+        unsafe { mlx_sys::mlx_dequantize(result, weight, scales, biases, group_size, bits, mode, no_array(), dtype, stream) }
+    })
+    .map_err(|_| matrix.refused("dequantize", matrix.weight))
+}
+
+/// Packed weight, scales and, for modes that have them, biases of `weight` `[.., output, input]`.
+pub fn quantize(weight: &Array, scheme: QuantizationScheme) -> Result<(Array, Array, Option<Array>), LmError> {
+    let (group_size, bits, mode) = raw_scheme(&scheme);
+    let mut parts = call_many("quantize", |result, stream| {
+        // SAFETY: `result` is a fresh handle that MLX fills, the others are as in `quantized_matmul`; no global scale.
+        unsafe { mlx_sys::mlx_quantize(result, weight.as_ptr(), group_size, bits, mode, no_array(), stream) }
+    })
+    .map_err(|_| LmError::Mlx(format!("quantize failed for {:?} {:?}, {scheme:?}", weight.dtype(), weight.shape())))?
+    .into_iter();
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(packed), Some(scales), biases) if biases.is_some() == scheme.has_biases() => Ok((packed, scales, biases)),
+        _ => Err(LmError::Mlx(format!("quantize gave other arrays than {scheme:?} has"))),
+    }
+}
+
+fn raw_scheme(scheme: &QuantizationScheme) -> (mlx_sys::mlx_optional_int, mlx_sys::mlx_optional_int, *const std::ffi::c_char) {
+    let mode: &'static CStr = match scheme.mode {
+        QuantizationMode::Affine => c"affine",
+        QuantizationMode::Mxfp4 => c"mxfp4",
+        QuantizationMode::Nvfp4 => c"nvfp4",
+        QuantizationMode::Mxfp8 => c"mxfp8",
+    };
+    let given = |value: u32| mlx_sys::mlx_optional_int { value: value as i32, has_value: true };
+    (given(scheme.group_size), given(scheme.bits), mode.as_ptr())
+}
+
+/// The handle that stands for an array left out; it owns nothing.
+fn no_array() -> mlx_sys::mlx_array {
+    mlx_sys::mlx_array { ctx: std::ptr::null_mut() }
+}
+
+/// MLX's own error handler ends the process; mlx-rs puts one in its place at its first operation.
+fn ensure_errors_return() -> Result<(), LmError> {
+    static INSTALLED: Once = Once::new();
+    let mut first = Ok(());
+    INSTALLED.call_once(|| first = ops::zeros::<f32>(&[1]).map(drop));
+    Ok(first?)
+}
+
+/// Runs a raw MLX operation that writes several arrays.
+fn call_many(
+    name: &str,
+    operation: impl FnOnce(*mut mlx_sys::mlx_vector_array, mlx_sys::mlx_stream) -> i32,
+) -> Result<Vec<Array>, LmError> {
+    ensure_errors_return()?;
+    let stream = Stream::thread_local_or_default();
+    // SAFETY: makes an empty list, which is freed below on every path.
+    let mut list = unsafe { mlx_sys::mlx_vector_array_new() };
+    let arrays = match operation(&mut list, stream.as_ptr()) {
+        // SAFETY: `list` is a valid list.
+        0 => (0..unsafe { mlx_sys::mlx_vector_array_size(list) })
+            // SAFETY: `result` is a fresh handle that MLX fills, `i` is below the size of the valid `list`.
+            .map(|i| call(name, |result, _| unsafe { mlx_sys::mlx_vector_array_get(result, list, i) }))
+            .collect(),
+        _ => Err(LmError::Mlx(format!("{name} failed"))),
+    };
+    // SAFETY: the list is used no more; the arrays taken out of it hold their own references.
+    unsafe { mlx_sys::mlx_vector_array_free(list) };
+    arrays
+}
+
 /// Runs a raw MLX operation that writes one array.
 fn call(name: &str, operation: impl FnOnce(*mut mlx_sys::mlx_array, mlx_sys::mlx_stream) -> i32) -> Result<Array, LmError> {
+    ensure_errors_return()?;
     let stream = Stream::thread_local_or_default();
     // SAFETY: makes an empty handle; ownership goes to the `Array` below, which frees it also when the operation failed.
     let mut handle = unsafe { mlx_sys::mlx_array_new() };

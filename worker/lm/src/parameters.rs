@@ -70,11 +70,11 @@ mod tests {
         let mut pair = Pair { one: Array::from_int(3), none: None, many: vec![Array::from_int(1), Array::from_int(2)] };
         let mut next = 10;
         pair.each_mut(&mut |array| {
-            *array = Array::from_int(array.item::<i32>() + next);
+            *array = Array::from_int(array.item_exact::<i32>() + next);
             next += 10;
         });
         let mut seen = Vec::new();
-        pair.each(&mut |array| seen.push(array.item::<i32>()));
+        pair.each(&mut |array| seen.push(array.item_exact::<i32>()));
         assert_eq!(seen, [11, 22, 33]);
     }
 }

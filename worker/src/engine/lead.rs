@@ -5,6 +5,7 @@ use super::{
     hops::Hops,
     pace::Pace,
     scheduler::{BatchScheduler, Limits},
+    tensors,
 };
 use mlx_cluster_common::{
     ids::Epoch,

@@ -82,7 +82,7 @@ impl Costs {
         between(&self.layer_cache, layers)
     }
 
-    /// Activations of a chunk of 512 tokens or, where more, the copy that stacking experts needs while loading; and a fixed part.
+    /// Activations of a chunk of 512 tokens or, where more, what making a parameter needs while loading; and a fixed part.
     pub(super) fn working(&self, layers: &Range<u32>) -> u64 {
         self.working + if layers.end == self.n_layers { self.logits } else { 0 }
     }
@@ -130,8 +130,7 @@ fn activation_elements(spec: &ModelSpec, layer: u32) -> u64 {
     2 * outputs.sum::<u64>()
 }
 
-/// The largest parameter that is put together from several tensors: while that happens it is there twice.
+/// The most that is in memory beside a parameter while it is made.
 fn load_peak(map: &WeightMap) -> u64 {
-    let parameters = map.parts.values().flatten();
-    parameters.filter(|parameter| parameter.stacked).map(|parameter| parameter.bytes).max().unwrap_or(0)
+    map.parts.values().flatten().map(|parameter| parameter.transient_bytes).max().unwrap_or(0)
 }

@@ -1,0 +1,117 @@
+//! Makes a parameter by its recipe. [`Recipe`] says what each kind means.
+
+use super::sources::Sources;
+use crate::{error::LmError, ffi};
+use mlx_cluster_common::published::{QuantisedPiece, Recipe};
+use mlx_rs::{
+    Array, Dtype, ops,
+    ops::indexing::{IntoStrideBy, TryIndexOp},
+    transforms,
+};
+
+/// Evaluated, so that the bytes are read now, and row-major in a buffer of its own, so that what it was made of can go.
+pub(super) fn made<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
+    let array = match recipe {
+        Recipe::Tensor(name) => sources.take(name)?,
+        _ => graph(recipe, sources)?.contiguous()?,
+    };
+    transforms::eval([&array])?;
+    Ok(array)
+}
+
+fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
+    Ok(match recipe {
+        Recipe::Tensor(name) => sources.take(name)?,
+        Recipe::Stack(of) => ops::stack(&members(of, sources)?, 0)?,
+        Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, sources)?, small(*axis as u64)?)?,
+        Recipe::Slice { of, axis, start, stop, step } => {
+            let (axis, range, step) = (small(*axis as u64)?, small(*start)?..small(*stop)?, small(*step)?);
+            graph(of, sources)?.swap_axes(axis, 0)?.try_index(range.stride_by(step))?.swap_axes(axis, 0)?
+        }
+        Recipe::Reshape { of, shape } => graph(of, sources)?.reshape(&small_shape(shape)?)?,
+        Recipe::Transpose { of, axes } => {
+            let axes = axes.iter().map(|axis| small(*axis as u64)).collect::<Result<Vec<_>, _>>()?;
+            graph(of, sources)?.transpose_axes(&axes)?
+        }
+        Recipe::View { of, dtype } => graph(of, sources)?.view_dtype(ffi::to_mlx(*dtype))?,
+        Recipe::Add { of, addend } => {
+            let array = graph(of, sources)?;
+            ops::add(&array, number(*addend, &array)?)?
+        }
+        Recipe::Scale { of, factor } => {
+            let array = graph(of, sources)?;
+            ops::multiply(&array, number(*factor, &array)?)?
+        }
+        Recipe::ScaleRows { of, runs } => scale_rows(&graph(of, sources)?, runs)?,
+        Recipe::NormaliseColumns { of, eps } => normalise_columns(&graph(of, sources)?, *eps)?,
+        Recipe::Fp8 { weight, scales, block } => {
+            let (weight, scales) = (graph(weight, sources)?, graph(scales, sources)?);
+            dequantise_fp8(&weight, &scales, *block)?
+        }
+        Recipe::Dequantise { weight, scales, biases, affine } => {
+            let (weight, scales, biases) = (graph(weight, sources)?, graph(scales, sources)?, graph(biases, sources)?);
+            ops::dequantize(weight, scales, &biases, affine.group_size as i32, affine.bits as i32)?
+        }
+        Recipe::Quantise { of, affine, piece } => {
+            let (weight, scales, biases) = ops::quantize(graph(of, sources)?, affine.group_size as i32, affine.bits as i32)?;
+            match piece {
+                QuantisedPiece::Weight => weight,
+                QuantisedPiece::Scales => scales,
+                QuantisedPiece::Biases => biases,
+            }
+        }
+    })
+}
+
+/// Members that take work are made one after the other, so that what each is made of goes before the next one is read.
+fn members<'a>(of: &'a [Recipe], sources: &mut Sources<'a>) -> Result<Vec<Array>, LmError> {
+    let member = |recipe: &'a Recipe| match recipe {
+        Recipe::Tensor(name) => sources.take(name),
+        _ => made(recipe, sources),
+    };
+    of.iter().map(member).collect()
+}
+
+fn scale_rows(array: &Array, runs: &[(u64, f32)]) -> Result<Array, LmError> {
+    let factors: Vec<f32> = runs.iter().flat_map(|(rows, factor)| std::iter::repeat_n(*factor, *rows as usize)).collect();
+    let mut shape = vec![1; array.ndim()];
+    shape[0] = small(factors.len() as u64)?;
+    let factors = Array::from_iter(factors, &shape).as_dtype(array.dtype())?;
+    Ok(ops::multiply(array, factors)?)
+}
+
+fn normalise_columns(array: &Array, eps: f32) -> Result<Array, LmError> {
+    let wide = array.as_dtype(Dtype::Float32)?;
+    let lengths = ops::sqrt(ops::sum_axis(ops::square(&wide)?, 0, true)?)?;
+    Ok(ops::divide(&wide, ops::add(lengths, Array::from_f32(eps))?)?.as_dtype(array.dtype())?)
+}
+
+fn dequantise_fp8(weight: &Array, scales: &Array, block: Option<[u64; 2]>) -> Result<Array, LmError> {
+    let weight = weight.from_fp8(Dtype::Bfloat16)?;
+    let (Some([rows, columns]), &[n, m]) = (block, weight.shape()) else {
+        return Ok(ops::multiply(weight, scales)?.as_dtype(Dtype::Bfloat16)?);
+    };
+    let (rows, columns) = (small(rows)?, small(columns)?);
+    let (down, across) = ((n + rows - 1) / rows, (m + columns - 1) / columns);
+    let (padded_n, padded_m) = (down * rows, across * columns);
+    let whole = match (padded_n, padded_m) == (n, m) {
+        true => weight,
+        false => ops::pad(&weight, &[(0, padded_n - n), (0, padded_m - m)], None, None)?,
+    };
+    let scaled = ops::multiply(whole.reshape(&[down, rows, across, columns])?, scales.reshape(&[down, 1, across, 1])?)?;
+    let scaled = scaled.as_dtype(Dtype::Bfloat16)?.reshape(&[padded_n, padded_m])?;
+    ffi::slice(&scaled, &[0, 0], &[n, m])
+}
+
+/// A number in an array's type, so that the result has that type too.
+fn number(value: f32, like: &Array) -> Result<Array, LmError> {
+    Ok(Array::from_f32(value).as_dtype(like.dtype())?)
+}
+
+fn small(number: u64) -> Result<i32, LmError> {
+    i32::try_from(number).map_err(|_| LmError::Mlx(format!("an axis of {number} entries")))
+}
+
+fn small_shape(shape: &[u64]) -> Result<Vec<i32>, LmError> {
+    shape.iter().map(|dim| small(*dim)).collect()
+}

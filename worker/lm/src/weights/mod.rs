@@ -1,0 +1,85 @@
+//! Loads exactly the tensors of a shard, each once, and hands them to the blocks by name.
+
+mod make;
+mod sources;
+
+use crate::{error::LmError, ffi};
+use make::made;
+use mlx_cluster_common::{
+    spec::Part,
+    weights::{WeightIndex, WeightMap},
+};
+use mlx_rs::{Array, memory};
+use sources::Sources;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+/// The parameters of a shard by name, taken out one by one.
+#[derive(Debug, Default)]
+pub struct Weights {
+    arrays: BTreeMap<String, Array>,
+}
+
+impl Weights {
+    /// Reads these parts. The files' headers were checked when `index` was made; what is loaded is compared with it.
+    /// `progress` is told the bytes that are in memory, after each parameter.
+    ///
+    /// At most, memory holds the parameters made so far, what the next one is made of (`Parameter::transient_bytes`), and tensors of which
+    /// parameters that come later want another piece: the halves of a fused matrix follow one another, so that is one such matrix.
+    pub fn load(
+        folder: &Path,
+        index: &WeightIndex,
+        map: &WeightMap,
+        parts: &[Part],
+        mut progress: impl FnMut(u64),
+    ) -> Result<Self, LmError> {
+        let parts: BTreeSet<_> = parts.iter().collect();
+        let parameters: Vec<_> = parts.iter().filter_map(|part| map.parts.get(part)).flatten().collect();
+        let mut sources = Sources::new(folder, index, &parameters);
+        let mut arrays = BTreeMap::new();
+        let mut done = 0;
+        for parameter in parameters {
+            let array = made(&parameter.recipe, &mut sources)?;
+            let same_shape = array.shape().iter().map(|dim| *dim as u64).eq(parameter.shape.iter().copied());
+            if !same_shape || ffi::from_mlx(array.dtype()) != Some(parameter.dtype) {
+                return Err(LmError::Made {
+                    name: parameter.name.clone(),
+                    found: format!("{:?} {:?}", array.dtype(), array.shape()),
+                    planned: format!("{} {:?}", parameter.dtype, parameter.shape),
+                });
+            }
+            done += parameter.bytes;
+            progress(done);
+            arrays.insert(parameter.name.clone(), array);
+        }
+        // Buffers that held what parameters were made of.
+        memory::clear_cache()?;
+        Ok(Self { arrays })
+    }
+
+    /// For tests and tools that make their own arrays.
+    pub fn from_arrays(arrays: impl IntoIterator<Item = (String, Array)>) -> Self {
+        Self { arrays: arrays.into_iter().collect() }
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.arrays.contains_key(name)
+    }
+
+    pub fn take(&mut self, name: &str) -> Result<Array, LmError> {
+        self.arrays.remove(name).ok_or_else(|| LmError::NotLoaded { name: name.to_owned() })
+    }
+
+    /// Says that no more will be taken; what is left over was loaded for nothing.
+    pub fn finish(self) -> Result<(), LmError> {
+        match self.arrays.keys().next() {
+            None => Ok(()),
+            Some(first) => Err(LmError::NotUsed { count: self.arrays.len(), first: first.clone() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
