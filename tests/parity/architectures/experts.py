@@ -6,8 +6,9 @@ from .packing import each_matrix, fp8_blocks, fp8_rounded, mxfp4_experts
 from .publishing import experts_apart, experts_fused, head_repeated, inverse_frequencies, less_one, renamed, then, with_extra
 from .row import Row, Weights
 
+# The epsilon is one that is felt, and yarn gets a ramp that some of its few frequencies lie on.
 ATTENTION = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128, "vocab_size": 320,
-             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "attention_bias": False, "attention_dropout": 0.0,
+             "rms_norm_eps": 0.02, "rope_theta": 10000.0, "max_position_embeddings": 4096, "attention_bias": False, "attention_dropout": 0.0,
              "hidden_act": "silu", "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 # The heads of some families always share the hidden size.
 EVEN = {**ATTENTION, "head_dim": 16}
@@ -51,7 +52,7 @@ def qwen3_vl_published(weights: Weights, _: dict) -> Weights:
 GPT_OSS = config("gpt_oss", ATTENTION, num_hidden_layers=4, layer_types=[SLIDING, FULL] * 2, sliding_window=16, num_local_experts=8, num_experts_per_tok=4,
                  experts_per_token=4, intermediate_size=64, attention_bias=True, rope_theta=150000.0, swiglu_limit=7.0, router_aux_loss_coef=0.9,
                  output_router_logits=False, initial_context_length=32,
-                 rope_scaling={"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32,
+                 rope_scaling={"rope_type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 0.1, "original_max_position_embeddings": 32,
                                "truncate": False})
 MXFP4 = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
 MXFP4_PUBLISHED = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
@@ -119,7 +120,7 @@ def fp8_exact(weights: Weights) -> Weights:
     return {name: each_matrix(fp8_rounded, value) if name.endswith("_proj.weight") else value for name, value in weights.items()}
 
 
-STEP3P5 = config("step3p5", num_hidden_layers=5, hidden_size=64, vocab_size=320, intermediate_size=128, rms_norm_eps=1e-5, max_position_embeddings=4096,
+STEP3P5 = config("step3p5", num_hidden_layers=5, hidden_size=64, vocab_size=320, intermediate_size=128, rms_norm_eps=0.02, max_position_embeddings=4096,
                  num_attention_heads=4, num_attention_groups=2, head_dim=32, sliding_window=16, use_head_wise_attn_gate=True, use_qk_norm=True,
                  layer_types=[FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING], rope_theta=[5000000.0, 10000.0, 10000.0, 10000.0, 5000000.0, 10000.0],
                  partial_rotary_factors=[0.5, 1.0, 1.0, 1.0, 0.5, 1.0], yarn_only_types=[FULL], rope_scaling=LLAMA3,
@@ -149,7 +150,7 @@ OLMOE.pop("head_dim")
 MELLUM = config("mellum", ATTENTION, num_hidden_layers=5, layer_types=[SLIDING, SLIDING, SLIDING, FULL, SLIDING], sliding_window=16, num_experts=8,
                 num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, router_aux_loss_coef=0.001, output_router_logits=False,
                 rope_parameters={FULL: {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 32,
-                                        "beta_fast": 32.0, "beta_slow": 1.0}, SLIDING: {"rope_type": "default", "rope_theta": 10000.0}})
+                                        "beta_fast": 1.0, "beta_slow": 0.1}, SLIDING: {"rope_type": "default", "rope_theta": 10000.0}})
 MELLUM.pop("rope_theta")
 EXAONE_MOE = config("exaone_moe", ATTENTION, NOAUX, num_hidden_layers=6, layer_types=[SLIDING, SLIDING, SLIDING, FULL, SLIDING, FULL], sliding_window=16,
                     sliding_window_pattern="LLLG", is_moe_layer=[False] + [True] * 5, num_experts=16, num_shared_experts=1, rope_scaling=None,

@@ -6,15 +6,16 @@ from .packing import each_matrix, fp8_blocks, fp8_rounded, int4_experts, int4_pa
 from .publishing import Layout, experts_apart, experts_fused, head_repeated, inverse_frequencies, then, with_extra
 from .row import Row, Weights
 
-# Head sizes that differ from each other everywhere, so that no mix-up of them goes unseen.
+# Head sizes that differ, and an epsilon that is felt, so that no mix-up of them goes unseen.
 LATENT = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 64,
-          "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48, "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+          "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48, "vocab_size": 320, "rms_norm_eps": 0.02, "rope_theta": 10000.0,
           "max_position_embeddings": 4096, "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
           "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 EXPERTS = {"intermediate_size": 160, "moe_intermediate_size": 64, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1,
            "moe_layer_freq": 1, "first_k_dense_replace": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
            "routed_scaling_factor": 2.5, "n_group": 1, "topk_group": 1, "ep_size": 1, "num_nextn_predict_layers": 0}
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+# With so few frequencies the usual 32 and 1 would leave none between the two ends of the ramp.
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 1.0, "beta_slow": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}
 INT4 = {"quantization_config": {
     "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "kv_cache_scheme": None,
@@ -58,7 +59,7 @@ def without_quantization(settings: dict) -> dict:
 DEEPSEEK_V2 = config("deepseek_v2", LATENT, EXPERTS, num_hidden_layers=4, n_shared_experts=2, topk_method="group_limited_greedy",
                      scoring_func="softmax", n_group=4, topk_group=2, norm_topk_prob=False, routed_scaling_factor=4.0,
                      aux_loss_alpha=0.001, seq_aux=True, pretraining_tp=1, rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707})
-DEEPSEEK_V3 = config("deepseek_v3", LATENT, EXPERTS, num_hidden_layers=5, first_k_dense_replace=2, n_group=4, topk_group=2, rope_scaling=YARN)
+DEEPSEEK_V3 = config("deepseek_v3", LATENT, EXPERTS, num_hidden_layers=5, first_k_dense_replace=2, n_group=4, topk_group=2, rope_scaling={**YARN, "beta_fast": 32, "beta_slow": 1})
 KIMI_K2 = config("kimi_k2", LATENT, EXPERTS, num_hidden_layers=4, rope_theta=50000.0, routed_scaling_factor=2.827,
                  rope_scaling={**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0})
 JOYAI = config("joyai_llm_flash", LATENT, EXPERTS, num_hidden_layers=4, rope_theta=32000000.0, rope_scaling=None, first_k_dense_replace=1)
