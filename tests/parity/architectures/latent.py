@@ -34,7 +34,8 @@ def config(model_type: str, *parts: dict, **changes) -> dict:
 
 def is_fp8(name: str) -> bool:
     """What DeepSeek stores in fp8: every matrix of the layers but the router's and the indexer's head weights."""
-    return name.endswith("_proj.weight") and ".layers." in name and "weights_proj" not in name or name.endswith((".wq_b.weight", ".wk.weight"))
+    ends = ("_proj.weight", ".kv_a_proj_with_mqa.weight", ".wq_b.weight", ".wk.weight")
+    return ".layers." in name and name.endswith(ends) and not name.endswith(".weights_proj.weight")
 
 
 def fp8_exact(settings: dict):
