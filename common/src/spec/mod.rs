@@ -4,7 +4,7 @@ mod quantization;
 mod rope;
 
 pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
-pub use rope::{RopeKind, RopeSpec};
+pub use rope::{RopeKind, RopeSpec, rotary_dims, yarn_attention_factor};
 
 use crate::{dtype::DType, published::Published};
 use std::ops::Range;
