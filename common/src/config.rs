@@ -90,6 +90,37 @@ impl<'a> Config<'a> {
         self.required(key, self.maybe_f32(key, min, max)?)
     }
 
+    /// The same in double precision, for what is multiplied before it is rounded to a whole number.
+    pub fn maybe_f64(&self, key: &str, min: f64, max: f64) -> Result<Option<f64>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let number = value.as_f64().filter(|number| (min..=max).contains(number));
+                number.ok_or_else(|| invalid(&self.key(key), &format!("a number from {min} to {max}"), value))
+            })
+            .transpose()
+    }
+
+    pub fn f64(&self, key: &str, min: f64, max: f64) -> Result<f64, ConfigError> {
+        self.required(key, self.maybe_f64(key, min, max)?)
+    }
+
+    /// A list of finite numbers from `min` to `max`.
+    pub fn f64s(&self, key: &str, min: f64, max: f64) -> Result<Option<Vec<f64>>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let number = |value: &Value| value.as_f64().filter(|number| (min..=max).contains(number));
+                let items = value.as_array().and_then(|items| items.iter().map(number).collect::<Option<Vec<_>>>());
+                items.ok_or_else(|| invalid(&self.key(key), &format!("a list of numbers from {min} to {max}"), value))
+            })
+            .transpose()
+    }
+
+    /// The same in single precision.
+    pub fn f32s(&self, key: &str, min: f32, max: f32) -> Result<Option<Vec<f32>>, ConfigError> {
+        let items = self.f64s(key, min.into(), max.into())?;
+        Ok(items.map(|items| items.into_iter().map(|number| number as f32).collect()))
+    }
+
     pub fn bool_or(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
         self.get(key).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| invalid(&self.key(key), "true or false", value)))
     }
@@ -163,6 +194,9 @@ mod tests {
         assert_eq!(config.u32("c", 1, 9), Err(ConfigError::Missing { key: "c".into() }));
         assert!(config.u32("d", 1, 9).is_err());
         assert!(config.u32s("e").is_err());
+        assert_eq!(config.f32s("e", -2.0, 1.0), Ok(Some(vec![1.0, -2.0])));
+        assert!(message(config.f64s("e", 0.0, 1.0).expect_err("negative")).contains("`e` must be a list of numbers from 0 to 1"));
+        assert!(config.maybe_f64("b", 0.0, 9.0).is_err());
         let rope = config.object("rope", "rope.").expect("an object").expect("present");
         assert!(message(rope.f32("factor", 0.0, 1.0).expect_err("a text")).contains("`rope.factor`"));
     }

@@ -41,12 +41,13 @@ impl SymbolicTensor {
         self.axis(axis).ok().and_then(|axis| self.shape.get(axis)).copied().unwrap_or(1)
     }
 
-    /// Equal tensors along a new first axis.
+    /// Equal tensors along a new first axis. They are made one after the other, each is there beside the stack for its time.
     pub fn stack(tensors: Vec<SymbolicTensor>) -> Result<Self, PublishedError> {
-        let joined = Joined::new(&tensors, |first, other| first.shape == other.shape, "stacked with one")?;
-        let shape = std::iter::once(tensors.len() as u64).chain(joined.shape).collect();
+        let (dtype, shape) = common(&tensors, |first, other| first.shape == other.shape, "stacked with one")?;
+        let shape = std::iter::once(tensors.len() as u64).chain(shape).collect();
+        let transient_bytes = tensors.iter().map(|tensor| tensor.bytes() + tensor.transient_bytes).max().unwrap_or(0);
         let recipe = Recipe::Stack(tensors.into_iter().map(|tensor| tensor.recipe).collect());
-        Ok(Self { recipe, dtype: joined.dtype, shape, transient_bytes: joined.transient_bytes })
+        Ok(Self { recipe, dtype, shape, transient_bytes })
     }
 
     pub fn concatenate(tensors: Vec<SymbolicTensor>, axis: i32) -> Result<Self, PublishedError> {
@@ -56,10 +57,11 @@ impl SymbolicTensor {
                 |tensor: &Self| tensor.shape.iter().enumerate().filter(|(i, _)| *i != along).map(|(_, dim)| *dim).collect::<Vec<_>>();
             first.shape.len() == other.shape.len() && rest(first) == rest(other)
         };
-        let mut joined = Joined::new(&tensors, fits, "concatenated with one")?;
-        joined.shape[along] = tensors.iter().map(|tensor| tensor.shape[along]).sum();
+        let (dtype, mut shape) = common(&tensors, fits, "concatenated with one")?;
+        shape[along] = tensors.iter().map(|tensor| tensor.shape[along]).sum();
+        let transient_bytes = tensors.iter().map(|tensor| tensor.bytes() + tensor.transient_bytes).sum();
         let recipe = Recipe::Concatenate { of: tensors.into_iter().map(|tensor| tensor.recipe).collect(), axis: along };
-        Ok(Self { recipe, dtype: joined.dtype, shape: joined.shape, transient_bytes: joined.transient_bytes })
+        Ok(Self { recipe, dtype, shape, transient_bytes })
     }
 
     /// Entries `start..stop` of an axis.
@@ -296,27 +298,15 @@ impl QuantisedTensors {
     }
 }
 
-/// What tensors that are joined have in common.
-struct Joined {
-    dtype: DType,
-    /// The first one's.
-    shape: Vec<u64>,
-    transient_bytes: u64,
-}
-
-impl Joined {
-    fn new(
-        tensors: &[SymbolicTensor],
-        fits: impl Fn(&SymbolicTensor, &SymbolicTensor) -> bool,
-        action: &str,
-    ) -> Result<Self, PublishedError> {
-        let Some(first) = tensors.first() else { return Err(PublishedError::Empty) };
-        if let Some(other) = tensors.iter().find(|other| other.dtype != first.dtype || !fits(first, other)) {
-            return Err(other.cannot(format!("{action} of shape {:?} and type {}, its own is {}", first.shape, first.dtype, other.dtype)));
-        }
-        // The members are all there before they are joined; what one of them took to make is gone before the next is made.
-        let members: u64 = tensors.iter().map(SymbolicTensor::bytes).sum();
-        let transient_bytes = members + tensors.iter().map(|tensor| tensor.transient_bytes).max().unwrap_or(0);
-        Ok(Self { dtype: first.dtype, shape: first.shape.clone(), transient_bytes })
+/// Type and shape of the first of tensors that are joined, when the others fit to it.
+fn common(
+    tensors: &[SymbolicTensor],
+    fits: impl Fn(&SymbolicTensor, &SymbolicTensor) -> bool,
+    action: &str,
+) -> Result<(DType, Vec<u64>), PublishedError> {
+    let Some(first) = tensors.first() else { return Err(PublishedError::Empty) };
+    match tensors.iter().find(|other| other.dtype != first.dtype || !fits(first, other)) {
+        None => Ok((first.dtype, first.shape.clone())),
+        Some(odd) => Err(odd.cannot(format!("{action} of shape {:?} and type {}, its own is {}", first.shape, first.dtype, odd.dtype))),
     }
 }

@@ -83,7 +83,7 @@ fn what_is_held_while_a_tensor_is_made() {
     assert_eq!(float(&[6, 4]).transient_bytes, 0);
     assert_eq!(float(&[6, 4]).slice(0, 0, 3).expect("valid").transient_bytes, 48);
     let stack = SymbolicTensor::stack(vec![float(&[6, 4]); 3]).expect("valid");
-    assert_eq!((stack.bytes(), stack.transient_bytes), (144, 144));
+    assert_eq!((stack.bytes(), stack.transient_bytes), (144, 48));
 }
 
 #[test]

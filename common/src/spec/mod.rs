@@ -21,7 +21,7 @@ pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, Qu
 pub use recurrent::{
     GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs, StateSpaceSpec,
 };
-pub use rope::{RopeKind, RopeSpec};
+pub use rope::{RopeKind, RopeSpec, rotary_dims, yarn_attention_factor};
 
 use crate::{dtype::DType, published::Published};
 use std::{collections::BTreeSet, ops::Range};

@@ -22,7 +22,7 @@ pub(super) fn made<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<
 fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
     Ok(match recipe {
         Recipe::Tensor(name) => sources.take(name)?,
-        Recipe::Stack(of) => ops::stack(&members(of, sources)?, 0)?,
+        Recipe::Stack(of) => stack(of, sources)?,
         Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, sources)?, small(*axis as u64)?)?,
         Recipe::Slice { of, axis, start, stop, step } => {
             let (axis, range, step) = (small(*axis as u64)?, small(*start)?..small(*stop)?, small(*step)?);
@@ -63,13 +63,36 @@ fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmE
     })
 }
 
-/// Members that take work are made one after the other, so that what each is made of goes before the next one is read.
+/// Members are made one after the other and written into the stack in place, so that only one of them is there beside it.
+fn stack<'a>(of: &'a [Recipe], sources: &mut Sources<'a>) -> Result<Array, LmError> {
+    let mut stack: Option<Array> = None;
+    for (i, recipe) in (0..).zip(of) {
+        let member = graph(recipe, sources)?.expand_dims(0)?;
+        let start: Vec<i32> = (0..member.ndim()).map(|axis| if axis == 0 { i } else { 0 }).collect();
+        let stop: Vec<i32> = start.iter().zip(member.shape()).map(|(start, dim)| start + dim).collect();
+        let whole = match stack.take() {
+            Some(whole) => whole,
+            None => empty_stack(&member, of.len())?,
+        };
+        let updated = ffi::slice_update(&whole, &member, &start, &stop)?;
+        // MLX writes in place only when nobody else holds the buffer.
+        drop((whole, member));
+        transforms::eval([&updated])?;
+        stack = Some(updated);
+    }
+    stack.ok_or_else(|| LmError::Mlx("a stack of nothing".into()))
+}
+
+fn empty_stack(member: &Array, n: usize) -> Result<Array, LmError> {
+    let mut shape = member.shape().to_vec();
+    shape[0] = small(n as u64)?;
+    let empty = ops::zeros_dtype(&shape, member.dtype())?;
+    transforms::eval([&empty])?;
+    Ok(empty)
+}
+
 fn members<'a>(of: &'a [Recipe], sources: &mut Sources<'a>) -> Result<Vec<Array>, LmError> {
-    let member = |recipe: &'a Recipe| match recipe {
-        Recipe::Tensor(name) => sources.take(name),
-        _ => made(recipe, sources),
-    };
-    of.iter().map(member).collect()
+    of.iter().map(|recipe| graph(recipe, sources)).collect()
 }
 
 fn scale_rows(array: &Array, runs: &[(u64, f32)]) -> Result<Array, LmError> {

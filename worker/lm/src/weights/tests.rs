@@ -192,3 +192,21 @@ fn a_piece_does_not_hold_the_whole() {
     let held = memory::active_memory().expect("counted").saturating_sub(before);
     assert!(held < 2 * first.nbytes(), "{held} bytes for {}", first.nbytes());
 }
+
+#[test]
+fn a_stack_is_not_there_twice_while_it_is_made() {
+    let member = vec![0x38u8; 1 << 19];
+    let names: Vec<_> = (0..16).map(|i| format!("{i}")).collect();
+    let list: Vec<_> = names.iter().map(|name| (name.as_str(), "F8_E4M3", &[1024u64, 512][..], member.clone())).collect();
+    let scale = [("scale", "F32", &[][..], f32_bytes([2.0]))];
+    let file = Checkpoint::new("stack", &[list, scale.to_vec()].concat());
+    let experts = names.iter().map(|name| file.tensor(name).dequantise_fp8(file.tensor("scale"), None).expect("valid")).collect();
+    let stack = SymbolicTensor::stack(experts).expect("valid");
+    let (bytes, transient_bytes) = (stack.bytes() as usize, stack.transient_bytes as usize);
+    let before = memory::active_memory().expect("counted");
+    memory::reset_peak_memory().expect("reset");
+    let made = file.load(&[("a", stack)]).take("a").expect("there");
+    let peak = memory::peak_memory().expect("counted").saturating_sub(before);
+    assert!(floats(&made).iter().all(|number| *number == 2.0));
+    assert!(peak < bytes + transient_bytes && transient_bytes < bytes / 2, "{peak} bytes for {bytes} and {transient_bytes}");
+}
