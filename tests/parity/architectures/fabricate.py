@@ -13,6 +13,7 @@ from mlx_lm.utils import _get_classes, quantize_model
 
 import models
 
+from .packing import declare_fp8
 from .row import Row, Weights
 
 # Their RMSNorm multiplies by one plus the weight.
@@ -32,6 +33,8 @@ def build(row: Row, folder: Path, seed: int, quantization: dict | None = None, p
         weights = row.published(weights, copy.deepcopy(config))
         config = row.published_config(config) if row.published_config else config
     models.save(weights, folder, files=2)
+    if published:
+        declare_fp8(folder)
     models.write_tokenizer(folder, text_config(config)["vocab_size"])
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -15,7 +15,8 @@ EXPERTS = {"intermediate_size": 160, "moe_intermediate_size": 64, "n_routed_expe
            "moe_layer_freq": 1, "first_k_dense_replace": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
            "routed_scaling_factor": 2.5, "n_group": 1, "topk_group": 1, "ep_size": 1, "num_nextn_predict_layers": 0}
 # With so few frequencies the usual 32 and 1 would leave none between the two ends of the ramp.
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 1.0, "beta_slow": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 1.0, "beta_slow": 0.1, "mscale": 1.0,
+        "mscale_all_dim": 1.0}
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}
 INT4 = {"quantization_config": {
     "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "kv_cache_scheme": None,
@@ -60,7 +61,8 @@ def without_quantization(settings: dict) -> dict:
 DEEPSEEK_V2 = config("deepseek_v2", LATENT, EXPERTS, num_hidden_layers=4, n_shared_experts=2, topk_method="group_limited_greedy",
                      scoring_func="softmax", n_group=4, topk_group=2, norm_topk_prob=False, routed_scaling_factor=4.0,
                      aux_loss_alpha=0.001, seq_aux=True, pretraining_tp=1, rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707})
-DEEPSEEK_V3 = config("deepseek_v3", LATENT, EXPERTS, num_hidden_layers=5, first_k_dense_replace=2, n_group=4, topk_group=2, rope_scaling={**YARN, "beta_fast": 32, "beta_slow": 1})
+DEEPSEEK_V3 = config("deepseek_v3", LATENT, EXPERTS, num_hidden_layers=5, first_k_dense_replace=2, n_group=4, topk_group=2,
+                     rope_scaling={**YARN, "beta_fast": 32, "beta_slow": 1})
 KIMI_K2 = config("kimi_k2", LATENT, EXPERTS, num_hidden_layers=4, rope_theta=50000.0, routed_scaling_factor=2.827,
                  rope_scaling={**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0})
 JOYAI = config("joyai_llm_flash", LATENT, EXPERTS, num_hidden_layers=4, rope_theta=32000000.0, rope_scaling=None, first_k_dense_replace=1)
@@ -69,7 +71,8 @@ INDEXER = {"index_n_heads": 8, "index_head_dim": 32, "index_topk": 16}
 DEEPSEEK_V32 = config("deepseek_v32", LATENT, EXPERTS, INDEXER, num_hidden_layers=4, first_k_dense_replace=2, n_group=4, topk_group=2,
                       rope_scaling=YARN)
 GLM_MOE_DSA = config("glm_moe_dsa", LATENT, EXPERTS, INDEXER, num_hidden_layers=4, first_k_dense_replace=2, indexer_rope_interleave=True,
-                     rope_interleave=True, qk_head_dim=48, head_dim=16, num_nextn_predict_layers=1, rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"})
+                     rope_interleave=True, qk_head_dim=48, head_dim=16, num_nextn_predict_layers=1,
+                     rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"})
 GLM_MOE_DSA.pop("rope_theta")
 GLM4_MOE_LITE = config("glm4_moe_lite", LATENT, EXPERTS, num_hidden_layers=4, first_k_dense_replace=1, rope_theta=1000000.0, rope_scaling=None,
                        routed_scaling_factor=1.8, partial_rotary_factor=1.0, num_nextn_predict_layers=1)
@@ -81,7 +84,8 @@ KIMI_VL = {"model_type": "kimi_vl", "media_placeholder_token_id": 300, "vision_c
 MISTRAL4_ROPE = {**YARN, "rope_type": "yarn", "rope_theta": 100000.0, "factor": 128.0, "llama_4_scaling_beta": 0.1}
 MISTRAL4 = config("mistral4", LATENT, EXPERTS, num_hidden_layers=4, first_k_dense_replace=0, n_routed_experts=8, num_experts_per_tok=2,
                   routed_scaling_factor=1.0, qk_head_dim=48, head_dim=48, rope_interleave=True, rope_parameters=MISTRAL4_ROPE)
-YOUTU = config("youtu_llm", LATENT, num_hidden_layers=4, intermediate_size=128, rope_theta=1600000.0, rope_interleave=True, tie_word_embeddings=True,
+YOUTU = config("youtu_llm", LATENT, num_hidden_layers=4, intermediate_size=128, rope_theta=1600000.0, rope_interleave=True,
+               tie_word_embeddings=True,
                mlp_bias=False, qk_head_dim=48, head_dim=16, rope_scaling=None)
 MINICPM3_ROPE = {"type": "longrope", "original_max_position_embeddings": 32, "short_factor": [1.0 + 0.05 * i for i in range(8)],
                  "long_factor": [1.0 + 0.4 * i for i in range(8)]}
@@ -154,7 +158,8 @@ def fp8_tensors(weights: Weights, _: dict) -> Weights:
 
 ROWS = [
     Row("deepseek_v2", DEEPSEEK_V2, "groups of experts", published=EXPERTS_APART),
-    Row("deepseek_v2", {**DEEPSEEK_V2, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    Row("deepseek_v2", {**DEEPSEEK_V2, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+                        "routed_scaling_factor": 1.0},
         "plain queries, greedy", published=EXPERTS_APART),
     Row("deepseek_v2", {**DEEPSEEK_V2, "attention_bias": True, "moe_layer_freq": 2, "first_k_dense_replace": 2}, "biases, every second layer",
         published=EXPERTS_APART, cuts=((3,), (2, 3))),

@@ -1,6 +1,8 @@
 """Published number formats: fp8 with scales, packed int4, mxfp4 blocks; and weights that they hold exactly, so that nothing is lost."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -41,7 +43,7 @@ def fp8_rounded(weight: mx.array) -> mx.array:
 
 
 def fp8_blocks(chosen: Callable[[str], bool]) -> Layout:
-    """The chosen matrices as e4m3 codes (here uint8; in a file their type is F8_E4M3) and `weight_scale_inv`, one number a block."""
+    """The chosen matrices as e4m3 codes and `weight_scale_inv`, one number a block."""
 
     def store(weights: Weights, _: dict) -> Weights:
         out = dict(weights)
@@ -51,6 +53,24 @@ def fp8_blocks(chosen: Callable[[str], bool]) -> Layout:
         return out
 
     return store
+
+
+def declare_fp8(folder: Path) -> None:
+    """Gives fp8 codes their type in the files, where mlx knows only bytes: it reads that type, but cannot write it."""
+    headers = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        headers[file] = (json.loads(data[8:end]), data[end:])
+    names = {name for header, _ in headers.values() for name in header}
+    for file, (header, data) in headers.items():
+        codes = {name for name in header if f"{name}_scale_inv" in names and header[name]["dtype"] == "U8"}
+        for name in codes:
+            header[name]["dtype"] = "F8_E4M3"
+        if codes:
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def each_matrix(change: Callable[[mx.array], mx.array], weight: mx.array) -> mx.array:
