@@ -1,0 +1,148 @@
+//! Scores and continues prompts with a model, whole and cut into stages inside one process: what the table of architectures is checked with.
+//!
+//! `parity MODEL_FOLDER` reads one line of JSON on stdin, `{"prompts": [[ids]], "new_tokens": n, "chunks": n, "layouts": [[first layers]]}`, and
+//! prints a line for each layout: each prompt alone, the first one in chunks, and all of them in one batch.
+
+use mlx_cluster_common::{
+    architectures::read_spec,
+    ids::{Epoch, SequenceId},
+    sampling::SamplingParams,
+    spec::ModelSpec,
+    step::{Admission, Output, Segment, SegmentResult, Step, Token},
+    weights::{WeightIndex, WeightMap},
+};
+use mlx_cluster_lm::{
+    shard::{Shard, StepOutput},
+    weights::Weights,
+};
+use serde::{Deserialize, Serialize};
+use std::{error::Error, io::BufRead, path::Path};
+
+#[derive(Deserialize)]
+struct Request {
+    prompts: Vec<Vec<u32>>,
+    new_tokens: u32,
+    chunks: usize,
+    /// For each layout the first layers of its stages but the first.
+    layouts: Vec<Vec<u32>>,
+}
+
+/// What became of a prompt.
+#[derive(Serialize, Default, Clone)]
+struct Answer {
+    /// Of each prompt token given those before it; the first one's is null.
+    prompt_logprobs: Vec<Option<f32>>,
+    tokens: Vec<u32>,
+    logprobs: Vec<Option<f32>>,
+}
+
+#[derive(Serialize)]
+struct Answers {
+    cuts: Vec<u32>,
+    alone: Vec<Answer>,
+    chunked: Answer,
+    batched: Vec<Answer>,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let folder = std::env::args().nth(1).ok_or("usage: parity MODEL_FOLDER")?;
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line)?;
+    let request: Request = serde_json::from_str(&line)?;
+    let folder = Path::new(&folder);
+    let spec = read_spec(&serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?)?;
+    let index = mlx_cluster_hub::folder_weight_index(folder)?;
+    let map = WeightMap::assign(&spec, &index)?;
+    for cuts in &request.layouts {
+        let mut pipeline = Pipeline::load(folder, &spec, &index, &map, cuts)?;
+        println!("{}", serde_json::to_string(&answers(&mut pipeline, &request, cuts)?)?);
+    }
+    Ok(())
+}
+
+fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32]) -> Result<Answers, Box<dyn Error>> {
+    let prompts = &request.prompts;
+    let mut alone = Vec::new();
+    for prompt in prompts {
+        alone.extend(pipeline.answer(std::slice::from_ref(prompt), request.new_tokens, 1)?);
+    }
+    let chunked = pipeline.answer(&prompts[..1], request.new_tokens, request.chunks)?.swap_remove(0);
+    let batched = pipeline.answer(prompts, request.new_tokens, 1)?;
+    Ok(Answers { cuts: cuts.to_vec(), alone, chunked, batched })
+}
+
+/// Stages one after the other.
+struct Pipeline {
+    stages: Vec<Shard>,
+    number: u64,
+}
+
+impl Pipeline {
+    fn load(folder: &Path, spec: &ModelSpec, index: &WeightIndex, map: &WeightMap, cuts: &[u32]) -> Result<Self, Box<dyn Error>> {
+        let starts = [0].iter().chain(cuts).copied();
+        let ends = cuts.iter().copied().chain([spec.n_layers()]);
+        let mut stages = Vec::new();
+        for (start, end) in starts.zip(ends) {
+            let weights = Weights::load(folder, index, map, &spec.parts_of(start..end), |_| {})?;
+            stages.push(Shard::new(spec, start..end, weights)?);
+        }
+        Ok(Self { stages, number: 0 })
+    }
+
+    /// The prompts side by side, each in so many chunks, and their greedy continuations.
+    fn answer(&mut self, prompts: &[Vec<u32>], new_tokens: u32, chunks: usize) -> Result<Vec<Answer>, Box<dyn Error>> {
+        let mut answers = vec![Answer::default(); prompts.len()];
+        for chunk in 0..chunks {
+            let segment = |(i, prompt): (usize, &Vec<u32>)| {
+                let (start, end) = (prompt.len() * chunk / chunks, prompt.len() * (chunk + 1) / chunks);
+                let sample = (chunk + 1 == chunks).then_some(0);
+                let tokens: Vec<Token> = prompt[start..end].iter().map(|id| Token::Id(*id)).collect();
+                (!tokens.is_empty()).then(|| segment(i, start, tokens, Output { sample, prompt_logprobs: true }))
+            };
+            let segments = prompts.iter().enumerate().filter_map(segment).collect();
+            self.step(segments, if chunk == 0 { prompts.len() } else { 0 }, &mut answers)?;
+        }
+        for index in 1..new_tokens {
+            let segment = |(i, answer): (usize, &Answer)| {
+                let last = *answer.tokens.last()?;
+                let start = prompts[i].len() + index as usize - 1;
+                Some(segment(i, start, vec![Token::Id(last)], Output { sample: Some(index), prompt_logprobs: false }))
+            };
+            let segments = answers.iter().enumerate().filter_map(segment).collect();
+            self.step(segments, 0, &mut answers)?;
+        }
+        self.stages.iter_mut().for_each(Shard::clear);
+        Ok(answers)
+    }
+
+    fn step(&mut self, segments: Vec<Segment>, admitted: usize, answers: &mut [Answer]) -> Result<(), Box<dyn Error>> {
+        self.number += 1;
+        let params = SamplingParams { temperature: 0.0, logprobs: Some(0), prompt_logprobs: Some(0), ..Default::default() };
+        let admissions = (0..admitted).map(|i| Admission { sequence: SequenceId(i as u64), params: params.clone() }).collect();
+        let step = Step { epoch: Epoch(0), number: self.number, admissions, releases: Vec::new(), segments };
+        let mut activations = None;
+        for stage in &mut self.stages {
+            match stage.apply(&step, activations.take())? {
+                StepOutput::Activations(next) => activations = Some(next),
+                StepOutput::Result(pending) => {
+                    for result in pending.read()?.sequences {
+                        note(&mut answers[result.sequence.0 as usize], result);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn segment(sequence: usize, start: usize, tokens: Vec<Token>, output: Output) -> Segment {
+    Segment { sequence: SequenceId(sequence as u64), start: start as u32, tokens, output }
+}
+
+fn note(answer: &mut Answer, result: SegmentResult) {
+    answer.prompt_logprobs.extend(result.prompt.into_iter().flat_map(|(_, tokens)| tokens).map(|token| token.logprob));
+    if let Some(token) = result.sampled {
+        answer.tokens.push(token.id);
+        answer.logprobs.push(token.logprob);
+    }
+}
