@@ -7,7 +7,7 @@ use super::{
 use crate::{
     config::ConfigError,
     published::{Published, PublishedError, Tensors},
-    spec::{FeedForward, LinearSpec, Mixer, ModelSpec, MoeSpec, RouterSpec},
+    spec::{FeedForward, LinearSpec, Mixer, ModelSpec, MoeSpec, Ranking, RouterSpec},
 };
 
 pub(super) const ARCHITECTURES: &[Architecture] =
@@ -34,7 +34,7 @@ fn moe(decoder: &Decoder, path: &str, n_experts: u32) -> Result<MoeSpec, ConfigE
     let router = LinearSpec::new(format!("{path}.gate"), decoder.hidden_size, n_experts, false);
     let top_k = decoder.config.maybe_u32("num_experts_per_tok", 1, n_experts)?.unwrap_or(2);
     Ok(MoeSpec {
-        router: RouterSpec::softmax_of_picked(router, top_k),
+        router: RouterSpec { ranking: Ranking::BestFirst, ..RouterSpec::softmax_of_picked(router, top_k) },
         experts: experts(&format!("{path}.switch_mlp"), n_experts, decoder.hidden_size, decoder.intermediate_size()?),
         shared: None,
         latent: None,

@@ -101,11 +101,13 @@ pub struct RouterSpec {
     /// `x` is normed without weights and multiplied by this and by `hidden_size^(-1/2)` before it is scored: `[hidden_size]` (Gemma 4).
     pub input_scale: Option<(TensorSpec, f32)>,
     pub top_k: u32,
+    pub ranking: Ranking,
     pub scores: RouterScores,
+    pub precision: RouterPrecision,
     /// Added to the scores when experts are picked, not when they are weighed: `[n_experts]` (Wang et al. 2024).
     pub correction_bias: Option<TensorSpec>,
     pub groups: Option<RouterGroups>,
-    /// Weights are divided by their sum plus this.
+    /// Weights are divided by their sum plus this; None leaves them as they are.
     pub renormalise: Option<f32>,
     /// Factor on the weights.
     pub scale: f32,
@@ -119,8 +121,28 @@ pub enum RouterScores {
     Softmax,
     /// Softmax over those that were picked by their logits.
     SoftmaxOfPicked,
-    /// Sigmoid, each for itself, in f32.
+    /// Sigmoid, each for itself.
     Sigmoid,
+}
+
+/// From which end of the sorted scores the best are taken: it decides between equal scores, which are frequent in bf16, and in which order
+/// the experts' outcomes are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ranking {
+    /// The first of the negated scores.
+    BestFirst,
+    /// The last of the scores.
+    BestLast,
+}
+
+/// What a router reckons in f32 where the stream is in half precision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouterPrecision {
+    /// The linear's input, so its logits too.
+    pub logits: bool,
+    pub scores: bool,
+    /// Weights stay what scores are, and only the weighted sum is rounded; else they are rounded first.
+    pub weights: bool,
 }
 
 /// Only experts of the `kept` best of `count` equal groups can be picked.
@@ -200,6 +222,13 @@ impl MoeSpec {
     }
 }
 
+impl RouterPrecision {
+    /// Nothing but what softmax does inside.
+    pub const STREAM: RouterPrecision = RouterPrecision { logits: false, scores: false, weights: false };
+    /// All from the logits on.
+    pub const SCORES: RouterPrecision = RouterPrecision { logits: false, scores: true, weights: true };
+}
+
 impl RouterSpec {
     /// A linear, softmax over all experts, the best `top_k`.
     pub fn softmax(linear: LinearSpec, top_k: u32, renormalise: bool) -> Self {
@@ -207,7 +236,9 @@ impl RouterSpec {
             linear,
             input_scale: None,
             top_k,
+            ranking: Ranking::BestLast,
             scores: RouterScores::Softmax,
+            precision: RouterPrecision::STREAM,
             correction_bias: None,
             groups: None,
             renormalise: renormalise.then_some(0.0),
@@ -219,5 +250,17 @@ impl RouterSpec {
     /// A linear, the best `top_k`, softmax over these.
     pub fn softmax_of_picked(linear: LinearSpec, top_k: u32) -> Self {
         Self { scores: RouterScores::SoftmaxOfPicked, ..Self::softmax(linear, top_k, false) }
+    }
+
+    /// Sigmoids in f32, of which the best `top_k` with the bias are picked, and weighed without it (DeepSeek-AI 2024, arXiv 2412.19437,
+    /// section 2.1.2).
+    pub fn sigmoid(linear: LinearSpec, top_k: u32, correction_bias: Option<TensorSpec>) -> Self {
+        Self {
+            ranking: Ranking::BestFirst,
+            scores: RouterScores::Sigmoid,
+            precision: RouterPrecision::SCORES,
+            correction_bias,
+            ..Self::softmax(linear, top_k, false)
+        }
     }
 }

@@ -12,8 +12,8 @@ pub use attention::{
     AttentionGate, AttentionSpec, HeadNorms, IndexerSpec, LatentAttentionSpec, LatentQuery, LatentUp, Projections, TemperatureSpec,
 };
 pub use feed_forward::{
-    Activation, ExpertInputs, ExpertMlpSpec, FeedForward, GroupScore, MlpInputs, MlpSpec, MoeSpec, RouterGroups, RouterScores, RouterSpec,
-    SharedExpertSpec,
+    Activation, ExpertInputs, ExpertMlpSpec, FeedForward, GroupScore, MlpInputs, MlpSpec, MoeSpec, Ranking, RouterGroups, RouterPrecision,
+    RouterScores, RouterSpec, SharedExpertSpec,
 };
 pub use layer::{AlternatingUpdatesSpec, LayerInputSpec, LayerInputsSpec, LayerSpec, Mixer, Residual, StreamsSpec};
 pub use parameters::{ConvolutionSpec, EmbeddingSpec, ExpertsSpec, HeadLinearSpec, LinearSpec, NormKind, NormSpec, TensorSpec, Weight};

@@ -8,7 +8,8 @@ use crate::{
     weights::Weights,
 };
 use mlx_cluster_common::spec::{
-    Activation, ExpertInputs, ExpertMlpSpec, GroupScore, MoeSpec, Quantization, RouterGroups, RouterScores, RouterSpec,
+    Activation, ExpertInputs, ExpertMlpSpec, GroupScore, MoeSpec, Quantization, Ranking, RouterGroups, RouterPrecision, RouterScores,
+    RouterSpec,
 };
 use mlx_rs::{Array, Dtype, fast, ops};
 
@@ -71,7 +72,9 @@ struct Router {
     correction_bias: Option<Array>,
     expert_scale: Option<Array>,
     top_k: i32,
+    ranking: Ranking,
     scores: RouterScores,
+    precision: RouterPrecision,
     groups: Option<RouterGroups>,
     renormalise: Option<f32>,
     scale: f32,
@@ -91,7 +94,9 @@ impl Router {
             correction_bias: tensor(spec.correction_bias.as_ref())?,
             expert_scale: tensor(spec.expert_scale.as_ref())?,
             top_k: spec.top_k as i32,
+            ranking: spec.ranking,
             scores: spec.scores,
+            precision: spec.precision,
             groups: spec.groups,
             renormalise: spec.renormalise,
             scale: spec.scale,
@@ -100,29 +105,37 @@ impl Router {
 
     /// The experts of each token `[B, L, k]` and their weights.
     fn route(&self, x: &Array) -> Result<(Array, Array), LmError> {
-        let logits = self.linear.forward(&self.input(x)?)?;
-        let scores = match self.scores {
-            RouterScores::Softmax => ops::softmax_axis(&logits, -1, true)?,
-            RouterScores::Sigmoid => ops::sigmoid(logits.as_dtype(Dtype::Float32)?)?,
-            RouterScores::SoftmaxOfPicked => logits,
-        };
+        let scores = self.scores(x)?;
         let indices = self.pick(&scores)?;
-        let mut picked = scores.take_along_axis(&indices, -1)?;
+        let mut weights = scores.take_along_axis(&indices, -1)?;
         if self.scores == RouterScores::SoftmaxOfPicked {
-            picked = ops::softmax_axis(&picked, -1, true)?;
+            weights = ops::softmax_axis(&weights, -1, true)?;
         }
-        if let Some(eps) = self.renormalise.filter(|_| self.top_k > 1 || self.scores != RouterScores::Sigmoid) {
-            let sum = picked.sum_axis(-1, true)?;
+        if let Some(eps) = self.renormalise {
+            let sum = weights.sum_axis(-1, true)?;
             let sum = if eps == 0.0 { sum } else { ops::add(&sum, scalar(eps, &sum)?)? };
-            picked = ops::divide(&picked, sum)?;
+            weights = ops::divide(&weights, sum)?;
         }
         if self.scale != 1.0 {
-            picked = ops::multiply(&picked, scalar(self.scale, &picked)?)?;
+            weights = ops::multiply(&weights, scalar(self.scale, &weights)?)?;
         }
         if let Some(scale) = &self.expert_scale {
-            picked = ops::multiply(&picked, scale.take_axis(&indices, 0)?)?;
+            weights = ops::multiply(&weights, scale.take_axis(&indices, 0)?)?;
         }
-        Ok((indices, picked))
+        let is_rounded = self.precision.scores && !self.precision.weights;
+        Ok((indices, if is_rounded { weights.as_dtype(x.dtype())? } else { weights }))
+    }
+
+    /// What experts are compared by, `[B, L, E]`.
+    fn scores(&self, x: &Array) -> Result<Array, LmError> {
+        let f32_where = |wanted: bool, y: Array| if wanted { y.as_dtype(Dtype::Float32) } else { Ok(y) };
+        let logits = self.linear.forward(&f32_where(self.precision.logits, self.input(x)?)?)?;
+        let logits = f32_where(self.precision.scores, logits)?;
+        Ok(match self.scores {
+            RouterScores::Softmax => ops::softmax_axis(&logits, -1, true)?,
+            RouterScores::Sigmoid => ops::sigmoid(logits)?,
+            RouterScores::SoftmaxOfPicked => logits,
+        })
     }
 
     fn input(&self, x: &Array) -> Result<Array, LmError> {
@@ -144,8 +157,12 @@ impl Router {
             Some(groups) if groups.count > 1 => only_best_groups(&corrected, groups)?,
             _ => corrected,
         };
-        let indices = ops::argpartition_axis(eligible.negative()?, self.top_k - 1, -1)?;
-        Ok(indices.split_at_indices(&[self.top_k], -1)?.swap_remove(0))
+        let (k, n) = (self.top_k, eligible.dim(-1));
+        Ok(match self.ranking {
+            Ranking::BestFirst => ops::argpartition_axis(eligible.negative()?, k - 1, -1)?.split_at_indices(&[k], -1)?.swap_remove(0),
+            Ranking::BestLast if k == n => ops::argpartition_axis(eligible, 0, -1)?,
+            Ranking::BestLast => ops::argpartition_axis(eligible, -k, -1)?.split_at_indices(&[n - k], -1)?.swap_remove(1),
+        })
     }
 }
 
