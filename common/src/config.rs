@@ -20,6 +20,51 @@ pub enum ConfigError {
     Unsupported { model_type: String, feature: String },
 }
 
+/// Parses a `config.json`. Python writes numbers that JSON does not have (`Infinity`, `NaN`) as bare words: they become
+/// `{"__float__": "Infinity"}`, which transformers writes for them since its version 5.
+pub fn parse_json(text: &[u8]) -> Result<Value, serde_json::Error> {
+    serde_json::from_slice(text).or_else(|error| match with_bare_words(text) {
+        Some(text) => serde_json::from_slice(&text),
+        None => Err(error),
+    })
+}
+
+/// None when there are no such words outside of texts.
+fn with_bare_words(text: &[u8]) -> Option<Vec<u8>> {
+    const WORDS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+    let (mut out, mut rest, mut in_text, mut found) = (Vec::with_capacity(text.len()), text, false, false);
+    while let [first, others @ ..] = rest {
+        let word = WORDS.iter().find(|word| !in_text && rest.starts_with(word.as_bytes()));
+        if let Some(word) = word {
+            out.extend_from_slice(format!("{{\"__float__\": \"{word}\"}}").as_bytes());
+            rest = &rest[word.len()..];
+            found = true;
+            continue;
+        }
+        out.push(*first);
+        rest = others;
+        match (*first, others) {
+            (b'"', _) => in_text = !in_text,
+            (b'\\', [escaped, others @ ..]) if in_text => {
+                out.push(*escaped);
+                rest = others;
+            }
+            _ => {}
+        }
+    }
+    found.then_some(out)
+}
+
+/// A number, also one that JSON does not have.
+fn number(value: &Value) -> Option<f64> {
+    let word = || match value.get("__float__")?.as_str()? {
+        "Infinity" => Some(f64::INFINITY),
+        "-Infinity" => Some(f64::NEG_INFINITY),
+        _ => None,
+    };
+    value.as_f64().or_else(word)
+}
+
 /// A JSON object of a config, with the path to it for messages.
 #[derive(Debug, Clone, Copy)]
 pub struct Config<'a> {
@@ -73,14 +118,13 @@ impl<'a> Config<'a> {
         self.required(key, self.maybe_u32(key, min, max)?)
     }
 
-    /// A finite number from `min` to `max`.
+    /// A number from `min` to `max`; infinite only where a bound is.
     pub fn maybe_f32(&self, key: &str, min: f32, max: f32) -> Result<Option<f32>, ConfigError> {
         self.get(key)
             .map(|value| {
-                value
-                    .as_f64()
+                number(value)
                     .map(|number| number as f32)
-                    .filter(|number| number.is_finite() && (min..=max).contains(number))
+                    .filter(|number| (min..=max).contains(number))
                     .ok_or_else(|| invalid(&self.key(key), &format!("a number from {min} to {max}"), value))
             })
             .transpose()
@@ -94,7 +138,7 @@ impl<'a> Config<'a> {
     pub fn maybe_f64(&self, key: &str, min: f64, max: f64) -> Result<Option<f64>, ConfigError> {
         self.get(key)
             .map(|value| {
-                let number = value.as_f64().filter(|number| (min..=max).contains(number));
+                let number = number(value).filter(|number| (min..=max).contains(number));
                 number.ok_or_else(|| invalid(&self.key(key), &format!("a number from {min} to {max}"), value))
             })
             .transpose()
@@ -108,7 +152,7 @@ impl<'a> Config<'a> {
     pub fn f64s(&self, key: &str, min: f64, max: f64) -> Result<Option<Vec<f64>>, ConfigError> {
         self.get(key)
             .map(|value| {
-                let number = |value: &Value| value.as_f64().filter(|number| (min..=max).contains(number));
+                let number = |value: &Value| number(value).filter(|number| (min..=max).contains(number));
                 let items = value.as_array().and_then(|items| items.iter().map(number).collect::<Option<Vec<_>>>());
                 items.ok_or_else(|| invalid(&self.key(key), &format!("a list of numbers from {min} to {max}"), value))
             })
@@ -183,6 +227,19 @@ fn invalid(key: &str, wanted: &str, found: &Value) -> ConfigError {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn numbers_that_json_does_not_have() {
+        let value =
+            parse_json(br#"{"a": Infinity, "b": [0.5, -Infinity], "c": "Infinity \" NaN", "d": {"__float__": "Infinity"}}"#).expect("read");
+        let config = Config::new(&value).expect("an object");
+        assert_eq!(config.f32("a", 0.0, f32::INFINITY), Ok(f32::INFINITY));
+        assert!(config.f32("a", 0.0, 1e30).is_err());
+        assert_eq!(config.f64s("b", f64::NEG_INFINITY, 1.0), Ok(Some(vec![0.5, f64::NEG_INFINITY])));
+        assert_eq!(config.text("c"), Ok(Some("Infinity \" NaN")));
+        assert_eq!(config.f32("d", 0.0, f32::INFINITY), Ok(f32::INFINITY));
+        assert!(parse_json(b"{\"a\": Infinite}").is_err());
+    }
 
     #[test]
     fn errors_name_the_key() {

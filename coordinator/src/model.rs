@@ -15,7 +15,6 @@ use mlx_cluster_common::{
     weights::{WeightError, WeightMap},
 };
 use mlx_cluster_hub::{HubError, HubErrorKind, HubSettings, JsonFileError, ModelRef, ModelRefError, Snapshot};
-use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -95,7 +94,7 @@ pub async fn load_facts(argument: &str) -> Result<ServedFacts, ModelError> {
 }
 
 async fn facts(name: &str, snapshot: &Snapshot) -> Result<ServedFacts, ModelError> {
-    let spec = read_spec(&Value::Object(snapshot.config()?)).map_err(|source| ModelError::Config { model: name.to_owned(), source })?;
+    let spec = read_spec(&snapshot.config()?).map_err(|source| ModelError::Config { model: name.to_owned(), source })?;
     let index = snapshot.weight_index().await?;
     let weights = WeightMap::assign(&spec, &index).map_err(|source| ModelError::Weights { model: name.to_owned(), source })?;
     let path = snapshot.folder().join("config.json");

@@ -4,6 +4,7 @@ mod chat;
 mod coordinator;
 mod engine;
 mod generate;
+mod models;
 mod plan;
 mod status;
 mod worker;
@@ -40,6 +41,7 @@ enum Verb {
     Generate(generate::GenerateArgs),
     Chat(chat::ChatArgs),
     Plan(plan::PlanArgs),
+    Models(models::ModelsArgs),
     Status(status::StatusArgs),
     #[command(hide = true)]
     Engine(engine::EngineArgs),
@@ -65,6 +67,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Verb::Generate(args) => generate::run(args).await,
             Verb::Chat(args) => chat::run(args).await,
             Verb::Plan(args) => plan::run(args).await,
+            Verb::Models(args) => models::run(&args),
             Verb::Status(args) => status::run(args).await,
             Verb::Engine(_) => Ok(()),
         }

@@ -35,6 +35,12 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, JsonFileError> {
     serde_json::from_slice(&text).map_err(|error| explain(path, &text, &error))
 }
 
+/// Reads a `config.json`, also one with numbers that JSON does not have.
+pub fn read_config(path: &Path) -> Result<serde_json::Value, JsonFileError> {
+    let text = read_bounded(path)?;
+    mlx_cluster_common::config::parse_json(&text).map_err(|error| explain(path, &text, &error))
+}
+
 /// As [`read_json`], with None for a file that is not there.
 pub fn read_json_if_present<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JsonFileError> {
     match read_json(path) {

@@ -22,7 +22,7 @@ mod snapshot;
 pub use error::{HubError, HubErrorKind};
 pub use headers::{TensorHeader, TensorSlot, WeightFileError, read_header};
 pub use index::{IndexError, WEIGHT_INDEX_FILE, folder_weight_index, partial_weight_index};
-pub use json_file::{JsonFileError, read_json, read_json_if_present};
+pub use json_file::{JsonFileError, read_config, read_json, read_json_if_present};
 pub use model_ref::{ModelRef, ModelRefError, RepoRef};
 pub use settings::{HubSettings, Token};
 pub use snapshot::Snapshot;

@@ -7,7 +7,7 @@ use crate::{
     error::HubError,
     headers::{TensorHeader, WeightFileError, read_header},
     index::{IndexError, WeightFiles, folder_weight_index, is_weight_file_name},
-    json_file::{JsonFileError, read_json},
+    json_file::{JsonFileError, read_config},
     model_ref::{ModelRef, RepoRef},
     range::read_remote_header,
     remote::{Remote, RemoteFile},
@@ -15,7 +15,7 @@ use crate::{
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use mlx_cluster_common::weights::WeightIndex;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -119,8 +119,8 @@ impl Snapshot {
     }
 
     /// `config.json`.
-    pub fn config(&self) -> Result<Map<String, Value>, JsonFileError> {
-        read_json(&self.folder.join(CONFIG_FILE))
+    pub fn config(&self) -> Result<Value, JsonFileError> {
+        read_config(&self.folder.join(CONFIG_FILE))
     }
 
     /// All tensors of the model, from the headers of its files: read here where the file is here, else by ranges from the hub.

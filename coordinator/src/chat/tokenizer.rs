@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use mlx_cluster_common::config::parse_json;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -294,7 +295,7 @@ fn read_config(folder: &Path, name: &str) -> Result<Value, TokenizerError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Value::Null),
         Err(source) => return Err(TokenizerError::Read { path, source }),
     };
-    serde_json::from_str(&text).map_err(|error| TokenizerError::Invalid { path, detail: error.to_string() })
+    parse_json(text.as_bytes()).map_err(|error| TokenizerError::Invalid { path, detail: error.to_string() })
 }
 
 /// The end-of-sequence ids of `generation_config.json`, else of `config.json`.

@@ -80,7 +80,7 @@ fn step(shard: &mut Shard, number: u64, start: u32, tokens: Vec<Token>, index: u
 }
 
 fn load(folder: &Path) -> Result<Shard, Box<dyn Error>> {
-    let spec = read_spec(&serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?)?;
+    let spec = read_spec(&mlx_cluster_hub::read_config(&folder.join("config.json"))?)?;
     let index = mlx_cluster_hub::folder_weight_index(folder)?;
     let map = WeightMap::assign(&spec, &index)?;
     let weights = Weights::load(folder, &index, &map, &spec.parts(), |_| {})?;

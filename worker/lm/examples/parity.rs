@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::io::stdin().lock().read_line(&mut line)?;
     let request: Request = serde_json::from_str(&line)?;
     let folder = Path::new(&folder);
-    let spec = read_spec(&serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?)?;
+    let spec = read_spec(&mlx_cluster_hub::read_config(&folder.join("config.json"))?)?;
     let index = mlx_cluster_hub::folder_weight_index(folder)?;
     let map = WeightMap::assign(&spec, &index)?;
     for cuts in &request.layouts {

@@ -15,7 +15,7 @@ use std::{
 
 /// Where each layer of a stage finds its cache.
 #[derive(Debug, Clone)]
-pub struct CacheSlots {
+pub(crate) struct CacheSlots {
     /// By layer of the stage; None for layers that have no cache.
     of_layer: Vec<Option<usize>>,
     /// Caches of layers of earlier stages that this one reads too, and keeps a copy of.
@@ -25,7 +25,7 @@ pub struct CacheSlots {
 }
 
 impl CacheSlots {
-    pub fn new(spec: &ModelSpec, layers: Range<u32>) -> Result<Self, LmError> {
+    pub(crate) fn new(spec: &ModelSpec, layers: Range<u32>) -> Result<Self, LmError> {
         let mut slots = Self { of_layer: Vec::new(), copies: Vec::new(), empty: Vec::new() };
         let sources: BTreeSet<u32> = spec.layers_of(layers.clone()).iter().filter_map(|layer| layer.mixer.source_layer()).collect();
         for source in sources.into_iter().filter(|source| *source < layers.start) {
@@ -54,7 +54,7 @@ impl CacheSlots {
     }
 
     /// Layers of earlier stages whose keys and values must come with every step.
-    pub fn copied_layers(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn copied_layers(&self) -> impl Iterator<Item = u32> {
         self.copies.iter().map(|(layer, _)| *layer)
     }
 }
@@ -69,25 +69,25 @@ struct Sequence {
 
 /// All sequences of a stage.
 #[derive(Debug, Default)]
-pub struct Sequences {
+pub(crate) struct Sequences {
     all: BTreeMap<SequenceId, Sequence>,
 }
 
 impl Sequences {
-    pub fn admit(&mut self, sequence: SequenceId, slots: &CacheSlots) {
+    pub(crate) fn admit(&mut self, sequence: SequenceId, slots: &CacheSlots) {
         self.all.insert(sequence, Sequence { length: 0, caches: slots.empty.clone() });
     }
 
-    pub fn release(&mut self, sequence: SequenceId) {
+    pub(crate) fn release(&mut self, sequence: SequenceId) {
         self.all.remove(&sequence);
     }
 
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.all.clear();
     }
 
     /// Takes out the sequences of a step while it runs.
-    pub fn check_out(&mut self, step: &Step) -> Result<StepCaches, LmError> {
+    pub(crate) fn check_out(&mut self, step: &Step) -> Result<StepCaches, LmError> {
         let mut taken = Vec::with_capacity(step.segments.len());
         for segment in &step.segments {
             let mut sequence = self.all.remove(&segment.sequence).ok_or(LmError::UnknownSequence { sequence: segment.sequence })?;
@@ -101,7 +101,7 @@ impl Sequences {
     }
 
     /// Puts them back; gives their arrays when somebody has to see to it that they are evaluated.
-    pub fn check_in(&mut self, caches: StepCaches, collect: bool) -> Vec<Array> {
+    pub(crate) fn check_in(&mut self, caches: StepCaches, collect: bool) -> Vec<Array> {
         let mut arrays = Vec::new();
         for (id, sequence) in caches.taken {
             if collect {
@@ -114,13 +114,13 @@ impl Sequences {
 }
 
 /// The caches of a step's sequences, in the order of its segments.
-pub struct StepCaches {
+pub(crate) struct StepCaches {
     taken: Vec<(SequenceId, Sequence)>,
 }
 
 impl StepCaches {
     /// Those of one layer (counted from the stage's first); none when it has no cache.
-    pub fn of_layer(&mut self, slots: &CacheSlots, layer: usize) -> Vec<&mut Cache> {
+    pub(crate) fn of_layer(&mut self, slots: &CacheSlots, layer: usize) -> Vec<&mut Cache> {
         match slots.of_layer.get(layer).copied().flatten() {
             Some(slot) => self.taken.iter_mut().filter_map(|(_, sequence)| sequence.caches.get_mut(slot)).collect(),
             None => Vec::new(),
@@ -128,7 +128,14 @@ impl StepCaches {
     }
 
     /// Appends what an earlier stage's layer put into its cache: `[B, kv_heads, L, head_dim]` each.
-    pub fn append_copy(&mut self, slots: &CacheSlots, source: u32, keys: &Array, values: &Array, packing: &Packing) -> Result<(), LmError> {
+    pub(crate) fn append_copy(
+        &mut self,
+        slots: &CacheSlots,
+        source: u32,
+        keys: &Array,
+        values: &Array,
+        packing: &Packing,
+    ) -> Result<(), LmError> {
         let Some((_, slot)) = slots.copies.iter().find(|(layer, _)| *layer == source) else {
             return Ok(());
         };

@@ -3,6 +3,7 @@
 use super::boot::Boot;
 use mlx_cluster_common::{
     architectures::read_spec,
+    config::parse_json,
     engine::ModelSource,
     spec::ModelSpec,
     weights::{WeightIndex, WeightMap},
@@ -23,7 +24,7 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
     let folder = &boot.folder;
     let text =
         std::fs::read(folder.join("config.json")).map_err(|error| format!("cannot read config.json in {}: {error}", folder.display()))?;
-    let config = serde_json::from_slice(&text).map_err(|error| format!("config.json in {} is not JSON: {error}", folder.display()))?;
+    let config = parse_json(&text).map_err(|error| format!("config.json in {} is not JSON: {error}", folder.display()))?;
     let spec = read_spec(&config).map_err(|error| error.to_string())?;
     let (index, map) = read_weight_map(boot, &spec, &text)?;
     let parts = spec.parts_of(boot.spec.layers.clone());

@@ -12,7 +12,6 @@ use mlx_cluster_common::{
     weights::{WeightError, WeightMap},
 };
 use mlx_cluster_hub::{HubError, HubErrorKind, HubSettings, JsonFileError, ModelRef, ModelRefError, Progress, RepoRef, Snapshot};
-use serde_json::Value;
 use std::{
     collections::BTreeMap,
     ops::Range,
@@ -130,7 +129,7 @@ impl Store {
 
     /// The weight files that hold the layers of this shard.
     async fn files_of(&self, snapshot: &Snapshot, spec: &EngineSpec, tally: &Mutex<Tally>) -> Result<Vec<String>, StoreError> {
-        let model_spec = read_spec(&Value::Object(snapshot.config()?))?;
+        let model_spec = read_spec(&snapshot.config()?)?;
         let model = snapshot.model().to_string();
         if spec.layers.end > model_spec.n_layers() {
             return Err(StoreError::Layers { model, wanted: spec.layers.clone(), n_layers: model_spec.n_layers() });

@@ -101,7 +101,7 @@ fn index_of(spec: &ModelSpec) -> WeightIndex {
             Weight::Norm(norm) => (&norm.path, vec![norm.dims.into()]),
             Weight::Embedding(embedding) => (&embedding.path, vec![embedding.vocab_size.into(), embedding.dims.into()]),
             Weight::Linear(linear) => (&linear.path, vec![linear.output_dims.into(), linear.input_dims.into()]),
-            Weight::Experts(_) | Weight::Tensor(_) => panic!("none in this model"),
+            _ => panic!("none in this model"),
         };
         let layer = path.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
         let bytes = 4 * shape.iter().product::<u64>();
