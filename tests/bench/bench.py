@@ -51,7 +51,8 @@ def cluster(model: str, workers: int = 1, pinned: bool = False, *args: str):
 
 def decode(rounds: int) -> None:
     """One worker against mlx-lm's own loop, through HTTP and gRPC on our side."""
-    for model, max_tokens, target in [("host-bound", 128, 1.4), ("kernel-bound", 32, 1.0), ("routed", 64, 1.0)]:
+    wanted = [("host-bound", 128, 1.4), ("kernel-bound", 32, 1.0), ("routed", 64, 1.0), ("latent", 64, 1.0), ("hybrid", 64, 1.0)]
+    for model, max_tokens, target in wanted:
         ids = load.prompt(128, 1)
         loop = reference.Loop(models.path(model))
         prefill, decoding = [], []

@@ -37,7 +37,8 @@ pub struct Pieces {
 /// A function with the weights it is called with.
 struct Piece {
     function: Function,
-    weights: Vec<Array>,
+    /// Room for what comes in, then the weights, which stay from call to call.
+    inputs: RefCell<Vec<Array>>,
     /// What it gives.
     gives: Counts,
 }
@@ -116,8 +117,8 @@ impl Pieces {
 
 impl Piece {
     fn new(fragments: Vec<Fragment>, takes: Counts, functions: &mut BTreeMap<String, Function>) -> Self {
-        let mut weights = Vec::new();
-        fragments.iter().for_each(|fragment| fragment.each(&mut |array| weights.push(array.clone())));
+        let mut inputs = vec![Array::from_int(0); 2 + takes.layer_inputs + takes.mixed + takes.beside];
+        fragments.iter().for_each(|fragment| fragment.each(&mut |array| inputs.push(array.clone())));
         let made = fragments.iter().any(|fragment| matches!(fragment, Fragment::Entry(entry) if entry.makes_layer_inputs()));
         let (mixed, beside) = match fragments.last() {
             Some(Fragment::Before(before)) => before.arity(),
@@ -125,17 +126,15 @@ impl Piece {
         };
         let signature: String = fragments.iter().map(|fragment| fragment.signature() + "; ").collect();
         let function = functions.entry(format!("{takes:?} {signature}")).or_insert_with(|| compiled(fragments, takes));
-        Self { function: Rc::clone(function), weights, gives: Counts { layer_inputs: usize::from(made), mixed, beside } }
+        let gives = Counts { layer_inputs: usize::from(made), mixed, beside };
+        Self { function: Rc::clone(function), inputs: RefCell::new(inputs), gives }
     }
 
     fn call(&self, stream: Stream, offsets: &Array) -> Result<Stream, LmError> {
         let Stream { x, layer_inputs, flow } = stream;
-        let mut inputs = Vec::with_capacity(self.weights.len() + flow.mixed.len() + flow.beside.len() + 3);
-        inputs.extend([x, offsets.clone()]);
-        inputs.extend(layer_inputs.clone());
-        inputs.extend(flow.mixed);
-        inputs.extend(flow.beside);
-        inputs.extend(self.weights.iter().cloned());
+        let mut inputs = self.inputs.borrow_mut();
+        let given = [x, offsets.clone()].into_iter().chain(layer_inputs.clone()).chain(flow.mixed).chain(flow.beside);
+        inputs.iter_mut().zip(given).for_each(|(slot, array)| *slot = array);
         let mut outputs = (self.function.borrow_mut())(&inputs)?.into_iter();
         let mut take = |n: usize| outputs.by_ref().take(n).collect::<Vec<_>>();
         let (mut x, mut made) = (take(1), take(self.gives.layer_inputs));
