@@ -23,6 +23,7 @@ pub(super) struct Source<'a> {
 }
 
 /// The sizes that nearly every decoder's config has.
+#[derive(Clone, Copy)]
 pub(super) struct Decoder<'a> {
     pub(super) source: Source<'a>,
     pub(super) config: Config<'a>,
@@ -67,6 +68,22 @@ impl<'a> Source<'a> {
     /// A feature that the config asks for and that is not there.
     pub(super) fn unsupported(&self, feature: impl Into<String>) -> ConfigError {
         ConfigError::Unsupported { model_type: self.model_type.into(), feature: feature.into() }
+    }
+
+    /// Refuses a config in which one of these flags is true.
+    pub(super) fn refuse_flags(&self, keys: &[&str]) -> Result<(), ConfigError> {
+        keys.iter().try_for_each(|key| match self.config.bool_or(key, false)? {
+            true => Err(self.unsupported(format!("`{key}`"))),
+            false => Ok(()),
+        })
+    }
+
+    /// Refuses a config whose `key` names another kind than these; it may be absent.
+    pub(super) fn only(&self, key: &str, known: &[&str]) -> Result<(), ConfigError> {
+        match self.config.text(key)?.filter(|found| !known.contains(found)) {
+            Some(found) => Err(self.unsupported(format!("`{key}` of `{found}`"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -220,13 +237,12 @@ fn eos_token_ids(source: &Source, vocab_size: u32) -> Result<Vec<u32>, ConfigErr
 
 /// `{gate,up,down}_proj` of `n_experts` gated MLPs with SiLU, stacked under `path`.
 pub(super) fn experts(path: &str, n_experts: u32, hidden_size: u32, intermediate_size: u32) -> ExpertMlpSpec {
-    let experts = |name: &str, input_dims, output_dims| ExpertsSpec {
-        path: format!("{path}.{name}"),
-        n_experts,
-        input_dims,
-        output_dims,
-        bias: false,
-    };
+    experts_with_bias(path, n_experts, hidden_size, intermediate_size, false)
+}
+
+pub(super) fn experts_with_bias(path: &str, n_experts: u32, hidden_size: u32, intermediate_size: u32, bias: bool) -> ExpertMlpSpec {
+    let experts =
+        |name: &str, input_dims, output_dims| ExpertsSpec { path: format!("{path}.{name}"), n_experts, input_dims, output_dims, bias };
     ExpertMlpSpec {
         inputs: ExpertInputs::Gated {
             gate: experts("gate_proj", hidden_size, intermediate_size),
@@ -247,15 +263,19 @@ pub(super) fn windows(config: &Config, n_layers: u32) -> Result<Option<Vec<Optio
             message: format!("layer_types has {} entries for num_hidden_layers {n_layers}", types.len()),
         });
     }
-    let invalid = |found: &str| ConfigError::Invalid {
-        key: "layer_types".into(),
-        wanted: "full_attention or sliding_attention".into(),
-        found: found.into(),
-    };
-    let windows = types.into_iter().map(|kind| match kind {
+    let window = || config.u32("sliding_window", 1, u32::MAX);
+    types.into_iter().map(|kind| window_of_type(kind, window)).collect::<Result<_, _>>().map(Some)
+}
+
+/// The sliding window of a layer of this type.
+pub(super) fn window_of_type(kind: &str, window: impl FnOnce() -> Result<u32, ConfigError>) -> Result<Option<u32>, ConfigError> {
+    match kind {
         "full_attention" => Ok(None),
-        "sliding_attention" => Ok(Some(config.u32("sliding_window", 1, u32::MAX)?)),
-        other => Err(invalid(other)),
-    });
-    windows.collect::<Result<_, _>>().map(Some)
+        "sliding_attention" => window().map(Some),
+        other => Err(ConfigError::Invalid {
+            key: "layer_types".into(),
+            wanted: "full_attention or sliding_attention".into(),
+            found: other.into(),
+        }),
+    }
 }

@@ -1,8 +1,12 @@
 //! From `config.json` to a [`ModelSpec`]: one file an architecture, each a pure function.
 
 mod blocks;
+mod glm4_moe;
+mod gpt_oss;
 mod llama;
+mod minimax;
 mod mixtral;
+mod mixtures;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
@@ -37,8 +41,16 @@ pub enum Group {
 }
 
 /// Each file's architectures.
-const FILES: &[&[Architecture]] =
-    &[llama::ARCHITECTURES, mixtral::ARCHITECTURES, qwen2::ARCHITECTURES, qwen3::ARCHITECTURES, qwen3_moe::ARCHITECTURES];
+const FILES: &[&[Architecture]] = &[
+    glm4_moe::ARCHITECTURES,
+    gpt_oss::ARCHITECTURES,
+    llama::ARCHITECTURES,
+    minimax::ARCHITECTURES,
+    mixtral::ARCHITECTURES,
+    qwen2::ARCHITECTURES,
+    qwen3::ARCHITECTURES,
+    qwen3_moe::ARCHITECTURES,
+];
 
 /// Every supported architecture, by group and name.
 pub fn architectures() -> Vec<&'static Architecture> {
@@ -101,81 +113,6 @@ impl fmt::Display for Group {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec::{FeedForward, HeadSpec, Mixer, RopeKind};
-    use serde_json::json;
-
-    fn tiny(model_type: &str) -> Value {
-        json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0, "tie_word_embeddings": false,
-            "max_position_embeddings": 4096, "num_experts": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": true})
-    }
-
-    #[test]
-    fn every_architecture_reads_a_config() {
-        for model_type in supported_model_types() {
-            let spec = read_spec(&tiny(model_type)).expect(model_type);
-            assert_eq!((spec.n_layers(), spec.hidden_size, spec.vocab_size), (3, 64, 512), "{model_type}");
-            assert!(matches!(spec.head, HeadSpec::Linear(_)));
-            let experts = spec.layers.iter().filter(|layer| matches!(layer.feed_forward, FeedForward::Experts(_))).count();
-            assert_eq!(
-                experts,
-                match model_type {
-                    "mixtral" => 3,
-                    "qwen3_moe" => 2,
-                    _ => 0,
-                },
-                "{model_type}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_missing_or_absurd_value_is_named() {
-        for (key, value) in [
-            ("hidden_size", json!(0)),
-            ("num_hidden_layers", json!(1_000_000_000_000u64)),
-            ("vocab_size", json!(-1)),
-            ("rms_norm_eps", json!("small")),
-            ("num_key_value_heads", json!(3)),
-        ] {
-            for model_type in supported_model_types() {
-                let mut config = tiny(model_type);
-                config[key] = value.clone();
-                let message = read_spec(&config).expect_err(key).to_string();
-                assert!(message.contains(key), "{model_type}: {message}");
-            }
-        }
-        let mut config = tiny("llama");
-        config.as_object_mut().expect("an object").remove("hidden_size");
-        assert_eq!(read_spec(&config), Err(ConfigError::Missing { key: "hidden_size".into() }));
-    }
-
-    #[test]
-    fn an_unknown_model_type_names_the_nearest() {
-        let message = read_spec(&json!({"model_type": "qwen3-moe"})).expect_err("unknown").to_string();
-        assert!(
-            message.contains("`qwen3-moe`") && message.contains("`qwen3_moe`") && message.contains("adding-an-architecture"),
-            "{message}"
-        );
-    }
-
-    #[test]
-    fn rope_kinds() {
-        let kind = |scaling: Value| {
-            let mut config = tiny("llama");
-            config["rope_scaling"] = scaling;
-            read_spec(&config).map(|spec| {
-                let Mixer::Attention(attention) = &spec.layers[0].mixer else { panic!("attention") };
-                attention.rope.clone().expect("rope").kind
-            })
-        };
-        assert_eq!(kind(Value::Null), Ok(RopeKind::Default));
-        assert_eq!(kind(json!({"type": "linear", "factor": 4})), Ok(RopeKind::Linear { factor: 4.0 }));
-        assert!(matches!(kind(json!({"rope_type": "llama3", "factor": 8.0})), Ok(RopeKind::Llama3 { original_context: 8192, .. })));
-        assert!(matches!(kind(json!({"rope_type": "yarn", "factor": 4.0})), Ok(RopeKind::Yarn { original_context: 4096, .. })));
-        assert!(kind(json!({"rope_type": "yarn", "factor": 0})).is_err());
-        assert!(kind(json!({"rope_type": "spiral"})).is_err());
-    }
-}
+mod tests;
+#[cfg(test)]
+pub(crate) use tests::tiny;

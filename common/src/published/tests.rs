@@ -2,11 +2,10 @@
 
 use super::*;
 use crate::{
-    architectures::read_spec,
+    architectures::{read_spec, tiny},
     spec::PublishedQuantization,
     weights::{TensorEntry, WeightIndex},
 };
-use serde_json::json;
 
 fn tensor(name: &str, dtype: DType, shape: &[u64]) -> SymbolicTensor {
     SymbolicTensor::of_checkpoint(name, dtype, shape.to_vec())
@@ -239,11 +238,7 @@ fn foreign_quantisation_becomes_what_mlx_has() {
 #[test]
 fn every_architecture_leaves_canonical_names_alone() {
     for model_type in crate::architectures::supported_model_types() {
-        let spec = read_spec(&json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-            "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-            "vocab_size": 128, "rope_theta": 1e4, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-            "tie_word_embeddings": false}))
-        .expect(model_type);
+        let spec = read_spec(&tiny(model_type)).expect(model_type);
         let mut index = WeightIndex::default();
         for weight in spec.parts().into_iter().flat_map(|part| spec.weights(part)) {
             let entry = TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape: vec![4, 4], bytes: 32 };

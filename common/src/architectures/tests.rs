@@ -1,0 +1,87 @@
+//! Every architecture reads a config, and says what is wrong with one.
+
+use super::*;
+use crate::spec::{Mixer, RopeKind};
+use serde_json::json;
+
+/// A config with the keys of every family, at the top and, for models that also see, in `text_config`.
+pub(crate) fn tiny(model_type: &str) -> Value {
+    let mut config = json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "max_position_embeddings": 4096, "sliding_window": 16, "partial_rotary_factor": 0.5,
+        "rotary_dim": 8});
+    let experts = json!({"num_experts": 8, "num_local_experts": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [1], "first_k_dense_replace": 1, "norm_topk_prob": true,
+        "routed_scaling_factor": 1.5});
+    for part in [experts] {
+        let entries = part.as_object().expect("an object").clone();
+        config.as_object_mut().expect("an object").extend(entries);
+    }
+    config["text_config"] = config.clone();
+    config
+}
+
+#[test]
+fn every_architecture_reads_a_config() {
+    for model_type in supported_model_types() {
+        let spec = read_spec(&tiny(model_type)).expect(model_type);
+        assert_eq!((spec.n_layers(), spec.hidden_size, spec.vocab_size), (3, 64, 512), "{model_type}");
+    }
+}
+
+#[test]
+fn layers_with_experts() {
+    let routed = |model_type: &str| -> Vec<bool> {
+        let spec = read_spec(&tiny(model_type)).expect(model_type);
+        spec.layers.iter().map(|layer| layer.feed_forward.experts().is_some()).collect()
+    };
+    assert_eq!(routed("llama"), [false, false, false]);
+    assert_eq!(routed("mixtral"), [true, true, true]);
+    assert_eq!(routed("qwen3_moe"), [true, false, true]);
+    assert_eq!(routed("glm4_moe"), [false, true, true]);
+}
+
+#[test]
+fn a_missing_or_absurd_value_is_named() {
+    for (key, value) in [
+        ("hidden_size", json!(0)),
+        ("num_hidden_layers", json!(1_000_000_000_000u64)),
+        ("vocab_size", json!(-1)),
+        ("rms_norm_eps", json!("small")),
+        ("num_key_value_heads", json!(3)),
+    ] {
+        for model_type in ["llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"] {
+            let mut config = tiny(model_type);
+            config[key] = value.clone();
+            let message = read_spec(&config).expect_err(key).to_string();
+            assert!(message.contains(key), "{model_type}: {message}");
+        }
+    }
+    let mut config = tiny("llama");
+    config.as_object_mut().expect("an object").remove("hidden_size");
+    assert_eq!(read_spec(&config), Err(ConfigError::Missing { key: "hidden_size".into() }));
+}
+
+#[test]
+fn an_unknown_model_type_names_the_nearest() {
+    let message = read_spec(&json!({"model_type": "qwen3-moe"})).expect_err("unknown").to_string();
+    assert!(message.contains("`qwen3-moe`") && message.contains("`qwen3_moe`") && message.contains("adding-an-architecture"), "{message}");
+}
+
+#[test]
+fn rope_kinds() {
+    let kind = |scaling: Value| {
+        let mut config = tiny("llama");
+        config["rope_scaling"] = scaling;
+        read_spec(&config).map(|spec| {
+            let Mixer::Attention(attention) = &spec.layers[0].mixer else { panic!("attention") };
+            attention.rope.clone().expect("rope").kind
+        })
+    };
+    assert_eq!(kind(Value::Null), Ok(RopeKind::Default));
+    assert_eq!(kind(json!({"type": "linear", "factor": 4})), Ok(RopeKind::Linear { factor: 4.0 }));
+    assert!(matches!(kind(json!({"rope_type": "llama3", "factor": 8.0})), Ok(RopeKind::Llama3 { original_context: 8192, .. })));
+    assert!(matches!(kind(json!({"rope_type": "yarn", "factor": 4.0})), Ok(RopeKind::Yarn { original_context: 4096, .. })));
+    assert!(kind(json!({"rope_type": "yarn", "factor": 0})).is_err());
+    assert!(kind(json!({"rope_type": "spiral"})).is_err());
+}
