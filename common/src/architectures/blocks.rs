@@ -5,7 +5,7 @@ use crate::{
     published::Published,
     spec::{
         Activation, AttentionSpec, EmbeddingSpec, ExpertInputs, ExpertMlpSpec, ExpertsSpec, FeedForward, HeadNorms, HeadSpec, LayerSpec,
-        LinearSpec, LogitsSpec, Mixer, MlpInputs, MlpSpec, ModelSpec, NormKind, NormSpec, Projections, Quantization, RopeSpec,
+        LinearSpec, LogitsSpec, Mixer, MlpInputs, MlpSpec, ModelSpec, NormKind, NormSpec, Projections, Quantization, Residual, RopeSpec,
     },
 };
 
@@ -94,6 +94,11 @@ impl<'a> Decoder<'a> {
     }
 
     pub(super) fn read_with_eps(source: Source<'a>, norm_eps: f32) -> Result<Self, ConfigError> {
+        Self::read_named(source, "num_hidden_layers", norm_eps)
+    }
+
+    /// `n_layers` is the key under which the number of layers stands.
+    pub(super) fn read_named(source: Source<'a>, n_layers: &str, norm_eps: f32) -> Result<Self, ConfigError> {
         let config = source.config;
         let hidden_size = config.u32("hidden_size", 1, 1 << 20)?;
         let n_heads = config.u32("num_attention_heads", 1, 1 << 14)?;
@@ -111,7 +116,7 @@ impl<'a> Decoder<'a> {
             source,
             config,
             hidden_size,
-            n_layers: config.u32("num_hidden_layers", 1, 4096)?,
+            n_layers: config.u32(n_layers, 1, 4096)?,
             n_heads,
             n_kv_heads,
             head_dim,
@@ -156,6 +161,19 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// The same with one linear, `qkv_proj`, for queries, keys and values.
+    pub(super) fn fused_attention(&self, path: &str, bias: AttentionBias) -> AttentionSpec {
+        let output_dims = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim;
+        let fused = LinearSpec::new(format!("{path}.qkv_proj"), self.hidden_size, output_dims, bias.qkv);
+        AttentionSpec { projections: Projections::Fused(fused), ..self.attention(path, bias) }
+    }
+
+    /// `q_norm` and `k_norm` under `path`, over all heads together.
+    pub(super) fn whole_norms(&self, path: &str) -> HeadNorms {
+        let norm = |name: &str, n_heads| self.norm(format!("{path}.{name}"), n_heads * self.head_dim);
+        HeadNorms::Whole { query: norm("q_norm", self.n_heads), key: norm("k_norm", self.n_kv_heads) }
+    }
+
     /// `q_norm` and `k_norm` under `path`, over each head.
     pub(super) fn head_norms(&self, path: &str) -> HeadNorms {
         let norm = |name: &str| self.norm(format!("{path}.{name}"), self.head_dim);
@@ -180,10 +198,61 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// The same with one linear, `gate_up_proj`, for gate and `up`.
+    pub(super) fn fused_mlp(&self, path: &str, intermediate_size: u32, bias: bool) -> MlpSpec {
+        let fused = LinearSpec::new(format!("{path}.gate_up_proj"), self.hidden_size, 2 * intermediate_size, bias);
+        MlpSpec { inputs: MlpInputs::GatedFused(fused), ..self.mlp(path, intermediate_size, bias) }
+    }
+
     /// A pre-norm layer with Llama's names of the norms.
     pub(super) fn pre_norm_layer(&self, layer: &str, mixer: Mixer, feed_forward: FeedForward) -> LayerSpec {
         let norm = |name: &str| self.norm(format!("{layer}.{name}"), self.hidden_size);
         LayerSpec::pre_norm(norm("input_layernorm"), mixer, norm("post_attention_layernorm"), feed_forward)
+    }
+
+    /// A layer with norms of what attention and feed-forward give and of nothing else, named as in OLMo 2.
+    pub(super) fn output_norm_layer(&self, layer: &str, mixer: Mixer, feed_forward: FeedForward) -> LayerSpec {
+        let norm = |name: &str| Some(self.norm(format!("{layer}.{name}"), self.hidden_size));
+        LayerSpec {
+            before_mixer: None,
+            mixer,
+            after_mixer: norm("post_attention_layernorm"),
+            before_feed_forward: None,
+            feed_forward,
+            after_feed_forward: norm("post_feedforward_layernorm"),
+            residual: Residual::PLAIN,
+            layer_input: None,
+            output_scale: None,
+        }
+    }
+
+    /// A whole model of Llama's layers, each from what `parts` says of its number and path.
+    pub(super) fn dense(
+        &self,
+        tied_by_default: bool,
+        mut parts: impl FnMut(u32, &str) -> Result<(AttentionSpec, MlpSpec), ConfigError>,
+    ) -> Result<ModelSpec, ConfigError> {
+        let layers = self.layers(|i, path| {
+            let (attention, mlp) = parts(i, path)?;
+            Ok(self.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), FeedForward::Mlp(mlp)))
+        })?;
+        self.model(layers, tied_by_default)
+    }
+
+    /// The same of layers that are all alike, with Llama's names.
+    pub(super) fn uniform(
+        &self,
+        bias: AttentionBias,
+        mlp_bias: bool,
+        rope: &RopeSpec,
+        tied_by_default: bool,
+    ) -> Result<ModelSpec, ConfigError> {
+        let intermediate_size = self.intermediate_size()?;
+        self.dense(tied_by_default, |_, path| {
+            let mut attention = self.attention(&format!("{path}.self_attn"), bias);
+            attention.rope = Some(rope.clone());
+            Ok((attention, self.mlp(&format!("{path}.mlp"), intermediate_size, mlp_bias)))
+        })
     }
 
     /// The layers, each from its number and its path `model.layers.<number>`.
@@ -201,6 +270,8 @@ impl<'a> Decoder<'a> {
 
     /// `model.embed_tokens`, these layers, `model.norm` and `lm_head`.
     pub(super) fn model(&self, layers: Vec<LayerSpec>, tied_by_default: bool) -> Result<ModelSpec, ConfigError> {
+        // Of a wrapper's two configs the inner one counts.
+        let tied_by_default = self.source.root.bool_or("tie_word_embeddings", tied_by_default)?;
         let head = match self.config.bool_or("tie_word_embeddings", tied_by_default)? {
             true => HeadSpec::Tied,
             false => HeadSpec::Linear(LinearSpec::new(self.path("lm_head"), self.hidden_size, self.vocab_size, false)),
@@ -277,5 +348,26 @@ pub(super) fn window_of_type(kind: &str, window: impl FnOnce() -> Result<u32, Co
             wanted: "full_attention or sliding_attention".into(),
             found: other.into(),
         }),
+    }
+}
+
+/// Refuses a `layer_types` that contradicts windows which were read from other keys.
+pub(super) fn check_layer_types(config: &Config, expected: &[Option<u32>]) -> Result<(), ConfigError> {
+    let Some(types) = config.texts("layer_types")? else { return Ok(()) };
+    let is_sliding = |kind: &&str| *kind == "sliding_attention";
+    match types.len() == expected.len() && types.iter().zip(expected).all(|(kind, window)| is_sliding(kind) == window.is_some()) {
+        true => Ok(()),
+        false => Err(ConfigError::Contradiction { message: "layer_types and sliding_window_pattern name other layers".into() }),
+    }
+}
+
+/// The part of a head that RoPE turns: at the top, or in the `rope_parameters` of transformers 5.
+pub(super) fn partial_rotary_factor(config: &Config) -> Result<Option<f64>, ConfigError> {
+    match config.maybe_f64("partial_rotary_factor", 0.0, 1.0)? {
+        Some(factor) => Ok(Some(factor)),
+        None => match config.object("rope_parameters", "rope_parameters.")? {
+            Some(parameters) => parameters.maybe_f64("partial_rotary_factor", 0.0, 1.0),
+            None => Ok(None),
+        },
     }
 }

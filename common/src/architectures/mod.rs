@@ -1,15 +1,20 @@
 //! From `config.json` to a [`ModelSpec`]: one file an architecture, each a pure function.
 
 mod blocks;
+mod cohere;
+mod cohere2;
 mod glm4_moe;
 mod gpt_oss;
 mod llama;
 mod minimax;
 mod mixtral;
 mod mixtures;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
+mod starcoder2;
 
 use crate::{
     config::{Config, ConfigError},
@@ -42,14 +47,19 @@ pub enum Group {
 
 /// Each file's architectures.
 const FILES: &[&[Architecture]] = &[
+    cohere::ARCHITECTURES,
+    cohere2::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
     llama::ARCHITECTURES,
     minimax::ARCHITECTURES,
     mixtral::ARCHITECTURES,
+    olmo2::ARCHITECTURES,
+    phi3::ARCHITECTURES,
     qwen2::ARCHITECTURES,
     qwen3::ARCHITECTURES,
     qwen3_moe::ARCHITECTURES,
+    starcoder2::ARCHITECTURES,
 ];
 
 /// Every supported architecture, by group and name.

@@ -24,18 +24,25 @@ pub type Rules = fn(&ModelSpec, &mut Tensors) -> Result<(), PublishedError>;
 /// How an architecture's published checkpoints differ from its canonical parameters. The default is not at all.
 #[derive(Clone)]
 pub struct Published {
-    rules: Rules,
+    /// One after the other.
+    rules: Vec<Rules>,
     /// Factors of the config that published tensors still have to be multiplied with, by a name that the rules know.
     multipliers: BTreeMap<&'static str, Vec<f32>>,
 }
 
 impl Published {
     pub fn new(rules: Rules) -> Self {
-        Self { rules, multipliers: BTreeMap::new() }
+        Self::with_multipliers(rules, BTreeMap::new())
     }
 
     pub fn with_multipliers(rules: Rules, multipliers: BTreeMap<&'static str, Vec<f32>>) -> Self {
-        Self { rules, multipliers }
+        Self { rules: vec![rules], multipliers }
+    }
+
+    /// The same with other rules before these: a wrapper's names first, then those of the language model in it.
+    pub fn after(mut self, first: Rules) -> Self {
+        self.rules.insert(0, first);
+        self
     }
 
     /// The factors under a name; none when the architecture gave none.
@@ -48,7 +55,7 @@ impl Published {
         if let Some(layout) = spec.quantization.published {
             tensors.convert_quantisation(layout)?;
         }
-        (self.rules)(spec, tensors)?;
+        self.rules.iter().try_for_each(|rules| rules(spec, tensors))?;
         tensors.drop_containing("rotary_emb.inv_freq");
         tensors.drop_containing("rope.inv_freq");
         if spec.head == HeadSpec::Tied {
@@ -66,7 +73,8 @@ impl Default for Published {
 
 impl PartialEq for Published {
     fn eq(&self, other: &Self) -> bool {
-        std::ptr::fn_addr_eq(self.rules, other.rules) && self.multipliers == other.multipliers
+        let same = |(a, b): (&Rules, &Rules)| std::ptr::fn_addr_eq(*a, *b);
+        self.rules.len() == other.rules.len() && self.rules.iter().zip(&other.rules).all(same) && self.multipliers == other.multipliers
     }
 }
 

@@ -69,11 +69,11 @@ pub enum HeadNorms {
         query: NormSpec,
         key: NormSpec,
     },
-    /// Over each head with weights of its own, `[n_heads, head_dim]` (PLaMo 2).
+    /// Over each head, with weights of its own, `[n_heads, head_dim]`, after an unweighted norm (PLaMo 2, Command R+).
     PerHeadWeights {
+        norm: NormSpec,
         query: TensorSpec,
         key: TensorSpec,
-        eps: f32,
     },
 }
 

@@ -58,11 +58,12 @@ pub enum HeadSpec {
     Linear(LinearSpec),
 }
 
-/// `softcap(head(hidden · hidden_scale) · scale)`.
+/// `softcap(head(hidden / hidden_divisor) · scale / divisor)`. Divisors are not factors: in 16 bits `x / 9` is not `x · (1 / 9)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogitsSpec {
-    pub hidden_scale: f32,
+    pub hidden_divisor: f32,
     pub scale: f32,
+    pub divisor: f32,
     /// Logits become `softcap · tanh(logit / softcap)`.
     pub softcap: Option<f32>,
 }
@@ -191,7 +192,7 @@ impl ModelSpec {
 }
 
 impl LogitsSpec {
-    pub const PLAIN: LogitsSpec = LogitsSpec { hidden_scale: 1.0, scale: 1.0, softcap: None };
+    pub const PLAIN: LogitsSpec = LogitsSpec { hidden_divisor: 1.0, scale: 1.0, divisor: 1.0, softcap: None };
 }
 
 impl CutTensor {

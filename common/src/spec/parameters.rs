@@ -53,6 +53,14 @@ pub enum NormKind {
     RmsUnweighted,
     /// `(x - mean(x)) / sqrt(var(x) + eps) · w + b` (Ba et al. 2016).
     Layer { bias: bool },
+    /// The same without a weight and a bias.
+    LayerUnweighted,
+}
+
+impl NormKind {
+    pub fn has_weight(self) -> bool {
+        !matches!(self, NormKind::RmsUnweighted | NormKind::LayerUnweighted)
+    }
 }
 
 /// A causal depthwise convolution over time: `<path>.weight` `[channels, kernel, 1]`, `<path>.bias` `[channels]`.
@@ -113,6 +121,11 @@ impl NormSpec {
     /// Root-mean-square norm without parameters.
     pub fn rms_unweighted(dims: u32, eps: f32) -> Self {
         Self { path: String::new(), dims, eps, kind: NormKind::RmsUnweighted }
+    }
+
+    /// Layer norm without parameters.
+    pub fn layer_unweighted(dims: u32, eps: f32) -> Self {
+        Self { path: String::new(), dims, eps, kind: NormKind::LayerUnweighted }
     }
 }
 

@@ -76,7 +76,7 @@ impl<'a> Assignment<'a> {
 
     fn norm(&mut self, norm: &NormSpec, out: &mut Vec<Parameter>) -> Result<(), WeightError> {
         let dims = [u64::from(norm.dims)];
-        if norm.kind != NormKind::RmsUnweighted {
+        if norm.kind.has_weight() {
             out.push(self.find(format!("{}.weight", norm.path), &dims, Wanted::Float)?);
         }
         if norm.kind == (NormKind::Layer { bias: true }) {

@@ -2,7 +2,7 @@
 
 use super::{mixer::Projected, norm::Norm};
 use crate::{cache::KvCache, error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
-use mlx_cluster_common::spec::{AttentionGate, AttentionSpec, HeadNorms, Projections, Quantization, TemperatureSpec};
+use mlx_cluster_common::spec::{AttentionGate, AttentionSpec, HeadNorms, Projections, Quantization, TemperatureSpec, TensorSpec};
 use mlx_rs::{Array, Dtype, fast, fast::ScaledDotProductAttentionMask, ops};
 
 /// What comes before the cache: queries `[B, heads, L, head_dim]`, and keys and values `[B, kv_heads, L, head_dim]` where the layer has
@@ -187,11 +187,11 @@ impl HeadNorm {
             HeadNorms::PerHead { query, key } => (query, key, Place::BeforeRope),
             HeadNorms::PerHeadAfterRope { query, key } => (query, key, Place::AfterRope),
             HeadNorms::Whole { query, key } => (query, key, Place::Whole),
-            HeadNorms::PerHeadWeights { query, key, eps } => {
-                let mut own = |tensor: &mlx_cluster_common::spec::TensorSpec| {
-                    let unweighted = mlx_cluster_common::spec::NormSpec::rms_unweighted(0, *eps);
-                    let norm = Norm::load(weights, &unweighted)?;
-                    Ok::<_, LmError>(Some(HeadNorm { norm, place: Place::BeforeRope, weights: Some(weights.take(&tensor.name)?) }))
+            HeadNorms::PerHeadWeights { norm, query, key } => {
+                let norm = Norm::load(weights, norm)?;
+                let mut own = |tensor: &TensorSpec| {
+                    let weights = Some(weights.take(&tensor.name)?);
+                    Ok::<_, LmError>(Some(HeadNorm { norm: norm.clone(), place: Place::BeforeRope, weights }))
                 };
                 return Ok((own(query)?, own(key)?));
             }

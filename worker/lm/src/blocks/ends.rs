@@ -122,12 +122,12 @@ impl Exit {
 
     /// `[.., streams · D] -> [.., V]`
     pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
-        let hidden = scaled(self.norm.forward(&self.joined(x)?)?, self.logits.hidden_scale)?;
+        let hidden = divided(self.norm.forward(&self.joined(x)?)?, self.logits.hidden_divisor)?;
         let logits = match &self.head {
             Head::Tied(embedding) => embedding.as_linear(&hidden)?,
             Head::Linear(linear) => linear.forward(&hidden)?,
         };
-        let logits = scaled(logits, self.logits.scale)?;
+        let logits = divided(scaled(logits, self.logits.scale)?, self.logits.divisor)?;
         match self.logits.softcap {
             Some(softcap) => {
                 let softcap = Array::from_f32(softcap).as_dtype(logits.dtype())?;
@@ -166,6 +166,13 @@ fn scaled(x: Array, scale: f32) -> Result<Array, LmError> {
         return Ok(x);
     }
     Ok(ops::multiply(&x, Array::from_f32(scale).as_dtype(x.dtype())?)?)
+}
+
+fn divided(x: Array, divisor: f32) -> Result<Array, LmError> {
+    if divisor == 1.0 {
+        return Ok(x);
+    }
+    Ok(ops::divide(&x, Array::from_f32(divisor).as_dtype(x.dtype())?)?)
 }
 
 impl Parameters for Head {

@@ -16,7 +16,7 @@ parameters!(Norm: weight, bias);
 impl Norm {
     pub fn load(weights: &mut Weights, spec: &NormSpec) -> Result<Self, LmError> {
         let weight = match spec.kind {
-            NormKind::RmsUnweighted => None,
+            NormKind::RmsUnweighted | NormKind::LayerUnweighted => None,
             NormKind::Rms { offset } if offset != 0.0 => {
                 let weight = weights.take(&format!("{}.weight", spec.path))?;
                 Some(ops::add(Array::from_f32(offset).as_dtype(weight.dtype())?, &weight)?)
@@ -37,7 +37,7 @@ impl Norm {
     pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
         Ok(match self.kind {
             NormKind::Rms { .. } | NormKind::RmsUnweighted => fast::rms_norm(x, self.weight.as_ref(), self.eps)?,
-            NormKind::Layer { .. } => fast::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)?,
+            NormKind::Layer { .. } | NormKind::LayerUnweighted => fast::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)?,
         })
     }
 }

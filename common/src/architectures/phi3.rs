@@ -1,0 +1,48 @@
+//! Phi 3 and 4: Llama with fused projections, RoPE over a part of the head, and LongRoPE.
+
+use super::{
+    Architecture, Group,
+    blocks::{AttentionBias, Decoder, Source, partial_rotary_factor},
+};
+use crate::{
+    config::{Config, ConfigError},
+    spec::{ModelSpec, RopeSpec, rotary_dims},
+};
+
+pub(super) const ARCHITECTURES: &[Architecture] =
+    &[Architecture { model_type: "phi3", group: Group::Base, special: "fused projections, LongRoPE over a part of the head", read }];
+
+fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    let decoder = Decoder::read(source)?;
+    let intermediate_size = decoder.intermediate_size()?;
+    let rope = rope(&decoder)?;
+    decoder.dense(false, |_, path| {
+        let mut attention = decoder.fused_attention(&format!("{path}.self_attn"), AttentionBias::NONE);
+        attention.rope = Some(rope.clone());
+        Ok((attention, decoder.fused_mlp(&format!("{path}.mlp"), intermediate_size, false)))
+    })
+}
+
+fn rope(decoder: &Decoder) -> Result<RopeSpec, ConfigError> {
+    let (config, model_type) = (decoder.config, decoder.source.model_type);
+    let scaling = match config.object("rope_scaling", "rope_scaling.")? {
+        Some(scaling) => Some(scaling),
+        None => config.object("rope_parameters", "rope_parameters.")?,
+    };
+    let number = |config: &Config| config.maybe_f32("rope_theta", 1.0, 1e12);
+    let theta = number(&config)?.or(scaling.as_ref().map_or(Ok(None), number)?).unwrap_or(10_000.0);
+    let interleaved = config.bool_or("rope_traditional", false)?;
+    let dims = rotary_dims(decoder.head_dim, partial_rotary_factor(&config)?.unwrap_or(1.0))?;
+    let Some(scaling) = scaling else { return RopeSpec::plain(dims, theta, interleaved) };
+    match scaling.text("type")?.or(scaling.text("rope_type")?).unwrap_or("default") {
+        "longrope" | "su" => {
+            // The original length stands beside the scaling, not in it; transformers 5 has it inside.
+            let original = |config: &Config| config.maybe_u32("original_max_position_embeddings", 1, u32::MAX);
+            let original_context = original(&config)?.or(original(&scaling)?).unwrap_or(4096);
+            let max_position_embeddings = config.maybe_u32("max_position_embeddings", 1, u32::MAX)?.unwrap_or(131_072);
+            RopeSpec::long_rope(dims, theta, &scaling, max_position_embeddings, original_context, model_type)
+        }
+        "linear" | "default" => RopeSpec::initialize(dims, theta, interleaved, Some(&scaling), None, model_type),
+        other => Err(decoder.source.unsupported(format!("RoPE scaling of type `{other}`"))),
+    }
+}
