@@ -38,6 +38,21 @@ pub(super) struct Decoder<'a> {
     pub(super) norm_kind: NormKind,
 }
 
+/// Sizes of a config that may leave them out.
+#[derive(Default)]
+pub(super) struct Defaults {
+    pub(super) hidden_size: Option<u32>,
+    pub(super) n_layers: Option<u32>,
+    pub(super) n_heads: Option<u32>,
+    /// As many as heads when there is none here.
+    pub(super) n_kv_heads: Option<u32>,
+    /// The hidden size over the heads when there is none here.
+    pub(super) head_dim: Option<u32>,
+    pub(super) vocab_size: Option<u32>,
+    /// What `eps` is, whatever the config says under `rms_norm_eps`.
+    pub(super) norm_eps: Option<f32>,
+}
+
 /// Which linears of an attention carry a bias.
 #[derive(Clone, Copy)]
 pub(super) struct AttentionBias {
@@ -94,20 +109,31 @@ impl<'a> Decoder<'a> {
     }
 
     pub(super) fn read_with_eps(source: Source<'a>, norm_eps: f32) -> Result<Self, ConfigError> {
-        Self::read_named(source, "num_hidden_layers", norm_eps)
+        Self::read_with_defaults(source, &Defaults { norm_eps: Some(norm_eps), ..Defaults::default() })
     }
 
     /// `n_layers` is the key under which the number of layers stands.
     pub(super) fn read_named(source: Source<'a>, n_layers: &str, norm_eps: f32) -> Result<Self, ConfigError> {
+        let n_layers = source.config.u32(n_layers, 1, 4096)?;
+        let defaults = Defaults { n_layers: Some(n_layers), norm_eps: Some(norm_eps), ..Defaults::default() };
+        Ok(Self { n_layers, ..Self::read_with_defaults(source, &defaults)? })
+    }
+
+    /// The same where the config may leave sizes out.
+    pub(super) fn read_with_defaults(source: Source<'a>, defaults: &Defaults) -> Result<Self, ConfigError> {
         let config = source.config;
-        let hidden_size = config.u32("hidden_size", 1, 1 << 20)?;
-        let n_heads = config.u32("num_attention_heads", 1, 1 << 14)?;
-        let n_kv_heads = config.maybe_u32("num_key_value_heads", 1, 1 << 14)?.unwrap_or(n_heads);
+        let size = |key, max, default: Option<u32>| match default {
+            Some(default) => Ok(config.maybe_u32(key, 1, max)?.unwrap_or(default)),
+            None => config.u32(key, 1, max),
+        };
+        let hidden_size = size("hidden_size", 1 << 20, defaults.hidden_size)?;
+        let n_heads = size("num_attention_heads", 1 << 14, defaults.n_heads)?;
+        let n_kv_heads = size("num_key_value_heads", 1 << 14, Some(defaults.n_kv_heads.unwrap_or(n_heads)))?;
         let contradiction = |message| Err(ConfigError::Contradiction { message });
         if n_heads % n_kv_heads != 0 {
             return contradiction(format!("num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}"));
         }
-        let head_dim = match config.maybe_u32("head_dim", 1, 1 << 14)? {
+        let head_dim = match config.maybe_u32("head_dim", 1, 1 << 14)?.or(defaults.head_dim) {
             Some(head_dim) => head_dim,
             None if hidden_size % n_heads == 0 => hidden_size / n_heads,
             None => return contradiction(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}")),
@@ -116,12 +142,12 @@ impl<'a> Decoder<'a> {
             source,
             config,
             hidden_size,
-            n_layers: config.u32(n_layers, 1, 4096)?,
+            n_layers: size("num_hidden_layers", 4096, defaults.n_layers)?,
             n_heads,
             n_kv_heads,
             head_dim,
-            vocab_size: config.u32("vocab_size", 1, 1 << 24)?,
-            norm_eps,
+            vocab_size: size("vocab_size", 1 << 24, defaults.vocab_size)?,
+            norm_eps: defaults.norm_eps.map_or_else(|| config.f32("rms_norm_eps", 0.0, 1.0), Ok)?,
             norm_kind: NormKind::Rms { offset: 0.0 },
         })
     }

@@ -56,6 +56,8 @@ pub enum HeadSpec {
     /// The embedding's table, transposed.
     Tied,
     Linear(LinearSpec),
+    /// This linear where the checkpoint has it, else as if tied: the config does not say (Gemma 3).
+    LinearOrTied(LinearSpec),
 }
 
 /// `softcap(head(hidden / hidden_divisor) · scale / divisor)`. Divisors are not factors: in 16 bits `x / 9` is not `x · (1 / 9)`.
@@ -101,12 +103,12 @@ impl ModelSpec {
         self.parts_of(0..self.n_layers())
     }
 
-    /// The parts that a stage with these layers holds. A tied head is the embedding, so the last stage holds that too.
+    /// The parts that a stage with these layers holds. A head that may be tied is the embedding, so the last stage holds that too.
     pub fn parts_of(&self, layers: Range<u32>) -> Vec<Part> {
         let (first, last) = (layers.start == 0, layers.end == self.n_layers());
-        let tied = self.head == HeadSpec::Tied;
+        let may_be_tied = self.head.may_be_tied();
         let mut parts = Vec::new();
-        if first || (last && tied) {
+        if first || (last && may_be_tied) {
             parts.push(Part::Embedding);
         }
         if first && (self.layer_inputs.is_some() || self.streams.is_some()) {
@@ -115,7 +117,7 @@ impl ModelSpec {
         parts.extend(layers.map(Part::Layer));
         if last {
             parts.push(Part::FinalNorm);
-            if !tied {
+            if self.head != HeadSpec::Tied {
                 parts.push(Part::Head);
             }
         }
@@ -137,7 +139,7 @@ impl ModelSpec {
             }
             Part::Head => match &self.head {
                 HeadSpec::Tied => Vec::new(),
-                HeadSpec::Linear(linear) => vec![Weight::Linear(linear)],
+                HeadSpec::Linear(linear) | HeadSpec::LinearOrTied(linear) => vec![Weight::Linear(linear)],
             },
         }
     }
@@ -188,6 +190,13 @@ impl ModelSpec {
 
     pub fn n_streams(&self) -> u32 {
         self.streams.as_ref().map_or(1, |streams| streams.n)
+    }
+}
+
+impl HeadSpec {
+    /// Whether the last stage needs the embedding's table.
+    pub fn may_be_tied(&self) -> bool {
+        !matches!(self, HeadSpec::Linear(_))
     }
 }
 

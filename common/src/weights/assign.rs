@@ -4,7 +4,7 @@ use super::{Parameter, WeightError, WeightIndex, WeightMap};
 use crate::{
     dtype::DType,
     published::{SymbolicTensor, Tensors},
-    spec::{ConvolutionSpec, LinearSpec, ModelSpec, NormKind, NormSpec, Part, Weight},
+    spec::{ConvolutionSpec, HeadSpec, LinearSpec, ModelSpec, NormKind, NormSpec, Part, Weight},
 };
 use std::collections::BTreeSet;
 
@@ -43,13 +43,21 @@ impl<'a> Assignment<'a> {
         for part in parts {
             let mut parameters = Vec::new();
             for weight in self.spec.weights(*part) {
-                self.weight(&weight, &mut parameters)?;
+                if *part != Part::Head || self.has_head(&weight) {
+                    self.weight(&weight, &mut parameters)?;
+                }
             }
             map.parts.insert(*part, parameters);
         }
         let norm = format!("{}.weight", self.spec.final_norm.path);
         map.activation_dtype = self.tensors.get(&norm).map(|tensor| tensor.dtype);
         Ok(map)
+    }
+
+    /// Whether the model has a head that the config leaves to the checkpoint; true where the config says that it does.
+    fn has_head(&self, weight: &Weight) -> bool {
+        let name = format!("{}.weight", weight.path());
+        !matches!(self.spec.head, HeadSpec::LinearOrTied(_)) || self.tensors.model_has(|found| found == name)
     }
 
     fn weight(&mut self, weight: &Weight, out: &mut Vec<Parameter>) -> Result<(), WeightError> {

@@ -16,7 +16,7 @@ use crate::{
 use mlx_cluster_common::{
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
-    spec::{CutTensor, HeadSpec, ModelSpec, Residual},
+    spec::{CutTensor, ModelSpec, Residual},
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
 };
 use mlx_rs::{Array, ops, transforms};
@@ -61,9 +61,9 @@ impl Shard {
     /// Builds the blocks for `layers` from weights that hold exactly their parts.
     pub fn new(spec: &ModelSpec, layers: Range<u32>, mut weights: Weights) -> Result<Self, LmError> {
         let (first, last) = (layers.start == 0, layers.end == spec.n_layers());
-        let tied = spec.head == HeadSpec::Tied;
+        let needed = first || (last && spec.head.may_be_tied());
         let embedding =
-            (first || (last && tied)).then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
+            needed.then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
         let mut blocks = Vec::new();
         for (number, layer) in (layers.start..).zip(spec.layers_of(layers.clone())) {
             let mut block = Layer::load(&mut weights, spec, number, layer)?;

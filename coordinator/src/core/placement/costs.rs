@@ -2,7 +2,7 @@
 
 use mlx_cluster_common::{
     dtype::DType,
-    spec::{ExpertInputs, HeadSpec, LayerSpec, ModelSpec, Part, Weight},
+    spec::{ExpertInputs, LayerSpec, ModelSpec, Part, Weight},
     weights::WeightMap,
 };
 use std::ops::Range;
@@ -50,7 +50,7 @@ impl Costs {
             layer_state.push(state);
             layer_read.push(read);
         }
-        let tied = spec.head == HeadSpec::Tied;
+        let tied = spec.head.may_be_tied();
         let embedding = map.part_bytes(Part::Embedding);
         let head = map.part_bytes(Part::Head);
         let activations = (0..spec.n_layers()).map(|layer| activation_elements(spec, layer)).max().unwrap_or(0);
@@ -65,7 +65,7 @@ impl Costs {
             embedding,
             layer_inputs: map.part_bytes(Part::LayerInputs),
             norm_and_head: map.part_bytes(Part::FinalNorm) + head,
-            head_read: if tied { embedding } else { head },
+            head_read: if head == 0 { embedding } else { head },
             working: ENGINE_BYTES + load_peak(map).max(CHUNK_TOKENS * ACTIVATION_BYTES * activations),
             logits: CHUNK_TOKENS * ACTIVATION_BYTES * u64::from(spec.vocab_size),
         }

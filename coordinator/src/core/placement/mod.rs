@@ -13,7 +13,7 @@ use costs::Costs;
 use mlx_cluster_common::{
     engine::NodeFacts,
     plan::{Plan, Stage, Strategy},
-    spec::{HeadSpec, ModelSpec, Part},
+    spec::{ModelSpec, Part},
     units::Bytes,
     weights::WeightMap,
 };
@@ -348,7 +348,7 @@ fn check_tiles(spec: &ModelSpec, plan: &Plan) -> Result<(), WhyNot> {
         next = stage.layers.end;
         spec.parts_of(stage.layers.clone()).into_iter().for_each(|part| *held.entry(part).or_default() += 1);
     }
-    let twice = spec.head == HeadSpec::Tied && plan.stages.len() > 1;
+    let twice = spec.head.may_be_tied() && plan.stages.len() > 1;
     let wanted = |part: &Part| if *part == Part::Embedding && twice { 2 } else { 1 };
     let whole = spec.parts().iter().all(|part| held.get(part) == Some(&wanted(part)));
     if next != spec.n_layers() || !whole {

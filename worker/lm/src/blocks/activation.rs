@@ -2,21 +2,22 @@
 
 use crate::error::LmError;
 use mlx_cluster_common::spec::Activation;
-use mlx_rs::{Array, nn, ops};
+use mlx_rs::{Array, error::Exception, nn, ops, transforms::compile::compile};
+use std::f64::consts::{FRAC_2_PI, SQRT_2};
 
 /// `activation(x)`
 pub(super) fn plain(activation: Activation, x: &Array) -> Result<Array, LmError> {
     Ok(match activation {
         Activation::Silu => nn::silu(x)?,
-        Activation::Gelu => nn::gelu(x)?,
-        Activation::GeluTanh => nn::gelu_approximate(x)?,
+        Activation::Gelu => gelu(x)?,
+        Activation::GeluTanh => gelu_tanh(x)?,
         Activation::Relu => nn::relu(x)?,
         Activation::ReluSquared => nn::relu(x)?.square()?,
         Activation::SparseGeluTanh { std_multiplier } => {
             let mean = x.mean_axis(-1, true)?;
             let deviation = ops::std_axis(x, -1, true, None)?;
             let cutoff = ops::add(mean, ops::multiply(&deviation, scalar(std_multiplier, &deviation)?)?)?;
-            nn::gelu_approximate(ops::maximum(scalar(0.0, x)?, ops::subtract(x, cutoff)?)?)?
+            gelu_tanh(&ops::maximum(scalar(0.0, x)?, ops::subtract(x, cutoff)?)?)?
         }
         Activation::ClippedSwiGlu { .. } | Activation::ClampedSwiGlu { .. } => {
             return Err(LmError::Mlx("a clipped SwiGLU needs a gate and a value".into()));
@@ -41,6 +42,25 @@ pub(super) fn gated(activation: Activation, gate: &Array, up: &Array) -> Result<
     })
 }
 
-fn scalar(value: f32, like: &Array) -> Result<Array, LmError> {
-    Ok(Array::from_f32(value).as_dtype(like.dtype())?)
+/// `x · (1 + erf(x / sqrt(2))) / 2`, in the type of `x`: the one of mlx-rs gives f32 for all.
+fn gelu(x: &Array) -> Result<Array, LmError> {
+    let formula = |x: &Array| {
+        let erf = ops::erf(ops::divide(x, scalar(SQRT_2 as f32, x)?)?)?;
+        ops::divide(ops::multiply(x, ops::add(scalar(1.0, x)?, erf)?)?, scalar(2.0, x)?)
+    };
+    Ok(compile(formula, true)(x)?)
+}
+
+/// `x / 2 · (1 + tanh(sqrt(2 / π) · (x + 0.044715 · x³)))`, in the type of `x`.
+pub(super) fn gelu_tanh(x: &Array) -> Result<Array, LmError> {
+    let formula = |x: &Array| {
+        let cubic = ops::multiply(scalar(0.044715, x)?, ops::power(x, scalar(3.0, x)?)?)?;
+        let inner = ops::multiply(scalar(FRAC_2_PI.sqrt() as f32, x)?, ops::add(x, cubic)?)?;
+        ops::multiply(ops::multiply(scalar(0.5, x)?, x)?, ops::add(scalar(1.0, x)?, ops::tanh(inner)?)?)
+    };
+    Ok(compile(formula, true)(x)?)
+}
+
+fn scalar(value: f32, like: &Array) -> Result<Array, Exception> {
+    Array::from_f32(value).as_dtype(like.dtype())
 }

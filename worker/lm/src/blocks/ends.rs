@@ -112,8 +112,11 @@ impl Exit {
         let quantization = &spec.quantization;
         let head = match (&spec.head, embedding) {
             (HeadSpec::Linear(linear), _) => Head::Linear(Linear::load(weights, linear, quantization)?),
-            (HeadSpec::Tied, Some(embedding)) => Head::Tied(embedding.clone()),
-            (HeadSpec::Tied, None) => return Err(LmError::NotLoaded { name: spec.embedding.path.clone() }),
+            (HeadSpec::LinearOrTied(linear), _) if weights.has(&format!("{}.weight", linear.path)) => {
+                Head::Linear(Linear::load(weights, linear, quantization)?)
+            }
+            (HeadSpec::Tied | HeadSpec::LinearOrTied(_), Some(embedding)) => Head::Tied(embedding.clone()),
+            (HeadSpec::Tied | HeadSpec::LinearOrTied(_), None) => return Err(LmError::NotLoaded { name: spec.embedding.path.clone() }),
         };
         let join = spec.streams.iter().flat_map(|streams| &streams.join).map(|linear| Linear::load(weights, linear, quantization));
         let join = join.collect::<Result<_, _>>()?;

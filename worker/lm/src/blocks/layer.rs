@@ -1,6 +1,7 @@
 //! A decoder layer, in the pieces that its cache divides it into.
 
 use super::{
+    activation,
     feed_forward::FeedForwardBlock,
     mixer::{self, Merge, Mix, Project},
     norm::Norm,
@@ -15,7 +16,7 @@ use crate::{
     weights::Weights,
 };
 use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Mixer, ModelSpec, Quantization};
-use mlx_rs::{Array, nn, ops};
+use mlx_rs::{Array, ops};
 use std::fmt::Write;
 
 #[derive(Debug, Clone)]
@@ -240,7 +241,7 @@ impl LayerInput {
 
     fn forward(&self, h: &Array, layer_inputs: &Array) -> Result<Array, LmError> {
         let own = layer_inputs.take_axis(&self.index, 2)?.squeeze_axes(&[2])?;
-        let gated = ops::multiply(nn::gelu_approximate(self.gate.forward(h)?)?, own)?;
+        let gated = ops::multiply(activation::gelu_tanh(&self.gate.forward(h)?)?, own)?;
         self.norm.forward(&self.projection.forward(&gated)?)
     }
 }
