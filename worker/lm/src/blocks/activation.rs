@@ -64,3 +64,25 @@ pub(super) fn gelu_tanh(x: &Array) -> Result<Array, LmError> {
 fn scalar(value: f32, like: &Array) -> Result<Array, Exception> {
     Array::from_f32(value).as_dtype(like.dtype())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_rs::Dtype;
+
+    #[test]
+    fn every_activation_keeps_the_type_of_its_input() {
+        let activations =
+            [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ReluSquared, SPARSE, CLIPPED, CLAMPED];
+        for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
+            let x = Array::from_slice(&[-2.0f32, -0.5, 0.0, 3.0], &[1, 4]).as_dtype(dtype).expect("casts");
+            for activation in activations {
+                assert_eq!(gated(activation, &x, &x).expect("computes").dtype(), dtype, "{activation:?}");
+            }
+        }
+    }
+
+    const SPARSE: Activation = Activation::SparseGeluTanh { std_multiplier: 1.6 };
+    const CLIPPED: Activation = Activation::ClippedSwiGlu { alpha: 1.7, limit: 7.0 };
+    const CLAMPED: Activation = Activation::ClampedSwiGlu { limit: 7.0 };
+}

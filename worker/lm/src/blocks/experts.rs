@@ -89,7 +89,7 @@ impl Router {
         Ok(Self {
             linear,
             input_scale: tensor(spec.input_scale.as_ref().map(|(scale, _)| scale))?,
-            input_factor: (spec.linear.input_dims as f32).powf(-0.5),
+            input_factor: f64::from(spec.linear.input_dims).powf(-0.5) as f32,
             input_eps: spec.input_scale.as_ref().map_or(0.0, |(_, eps)| *eps),
             correction_bias: tensor(spec.correction_bias.as_ref())?,
             expert_scale: tensor(spec.expert_scale.as_ref())?,
@@ -142,9 +142,8 @@ impl Router {
         let Some(scale) = &self.input_scale else {
             return Ok(x.clone());
         };
-        let normed = fast::rms_norm(x, None, self.input_eps)?;
         let scale = ops::multiply(scale, scalar(self.input_factor, scale)?)?;
-        Ok(ops::multiply(normed, scale)?)
+        Ok(fast::rms_norm(x, Some(&scale), self.input_eps)?)
     }
 
     /// The `top_k` best of the scores `[B, L, E]`, in no order.
