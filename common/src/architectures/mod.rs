@@ -3,6 +3,8 @@
 mod blocks;
 mod cohere;
 mod cohere2;
+mod gemma;
+mod gemma3;
 mod glm4_moe;
 mod gpt_oss;
 mod llama;
@@ -49,6 +51,8 @@ pub enum Group {
 const FILES: &[&[Architecture]] = &[
     cohere::ARCHITECTURES,
     cohere2::ARCHITECTURES,
+    gemma::ARCHITECTURES,
+    gemma3::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
     llama::ARCHITECTURES,
