@@ -62,8 +62,7 @@ impl Shard {
     pub fn new(spec: &ModelSpec, layers: Range<u32>, mut weights: Weights) -> Result<Self, LmError> {
         let (first, last) = (layers.start == 0, layers.end == spec.n_layers());
         let needed = first || (last && spec.head.may_be_tied());
-        let embedding =
-            needed.then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
+        let embedding = needed.then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
         let mut blocks = Vec::new();
         for (number, layer) in (layers.start..).zip(spec.layers_of(layers.clone())) {
             let mut block = Layer::load(&mut weights, spec, number, layer)?;
