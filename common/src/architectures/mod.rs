@@ -5,6 +5,7 @@ mod cohere;
 mod cohere2;
 mod gemma;
 mod gemma3;
+mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
 mod llama;
@@ -53,6 +54,7 @@ const FILES: &[&[Architecture]] = &[
     cohere2::ARCHITECTURES,
     gemma::ARCHITECTURES,
     gemma3::ARCHITECTURES,
+    gemma4::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
     llama::ARCHITECTURES,

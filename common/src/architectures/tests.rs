@@ -13,7 +13,10 @@ pub(crate) fn tiny(model_type: &str) -> Value {
     let experts = json!({"num_experts": 8, "num_local_experts": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [1], "first_k_dense_replace": 1, "norm_topk_prob": true,
         "routed_scaling_factor": 1.5});
-    for part in [experts] {
+    let gemma = json!({"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32,
+        "rope_local_base_freq": 10000.0, "altup_num_inputs": 4, "altup_active_idx": 0, "altup_coef_clip": 0.4, "altup_correct_scale": true,
+        "laurel_rank": 32, "final_logit_softcapping": null, "activation_sparsity_pattern": [0.9, 0.0, 0.0]});
+    for part in [experts, gemma] {
         let entries = part.as_object().expect("an object").clone();
         config.as_object_mut().expect("an object").extend(entries);
     }
