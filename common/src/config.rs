@@ -97,6 +97,18 @@ impl<'a> Config<'a> {
             .transpose()
     }
 
+    /// Its entries, with those of `defaults` whose keys it lacks.
+    pub fn filled(&self, defaults: Map<String, Value>) -> Map<String, Value> {
+        let mut entries = defaults;
+        entries.extend(self.map.clone());
+        entries
+    }
+
+    /// Other entries at the same place.
+    pub fn with_entries<'b>(&self, entries: &'b Map<String, Value>) -> Config<'b> {
+        Config { map: entries, path: self.path }
+    }
+
     fn required<T>(&self, key: &str, value: Option<T>) -> Result<T, ConfigError> {
         value.ok_or_else(|| ConfigError::Missing { key: self.key(key) })
     }

@@ -80,6 +80,11 @@ impl<'a> Source<'a> {
         Ok(Self { config, prefix, ..self })
     }
 
+    /// The same where the first releases had the keys of `text_config` at the top.
+    pub(super) fn text_or_root(self, prefix: &'a str) -> Result<Self, ConfigError> {
+        if self.config.get("text_config").is_some() { self.text(prefix) } else { Ok(Self { prefix, ..self }) }
+    }
+
     /// A feature that the config asks for and that is not there.
     pub(super) fn unsupported(&self, feature: impl Into<String>) -> ConfigError {
         ConfigError::Unsupported { model_type: self.model_type.into(), feature: feature.into() }
@@ -91,6 +96,11 @@ impl<'a> Source<'a> {
             true => Err(self.unsupported(format!("`{key}`"))),
             false => Ok(()),
         })
+    }
+
+    /// Refuses a config that names another nonlinearity of its MLPs than SiLU.
+    pub(super) fn only_silu(&self) -> Result<(), ConfigError> {
+        self.only("hidden_act", &["silu", "swish"])
     }
 
     /// Refuses a config whose `key` names another kind than these; it may be absent.
@@ -273,6 +283,7 @@ impl<'a> Decoder<'a> {
         rope: &RopeSpec,
         tied_by_default: bool,
     ) -> Result<ModelSpec, ConfigError> {
+        self.source.only_silu()?;
         let intermediate_size = self.intermediate_size()?;
         self.dense(tied_by_default, |_, path| {
             let mut attention = self.attention(&format!("{path}.self_attn"), bias);
@@ -296,8 +307,8 @@ impl<'a> Decoder<'a> {
 
     /// `model.embed_tokens`, these layers, `model.norm` and `lm_head`.
     pub(super) fn model(&self, layers: Vec<LayerSpec>, tied_by_default: bool) -> Result<ModelSpec, ConfigError> {
-        // Of a wrapper's two configs the inner one counts.
-        let tied_by_default = self.source.root.bool_or("tie_word_embeddings", tied_by_default)?;
+        // Of a wrapper's two configs the inner one counts; the outer one's `true` may be no more than a default of the library that wrote it.
+        let tied_by_default = tied_by_default && self.source.root.bool_or("tie_word_embeddings", true)?;
         let head = match self.config.bool_or("tie_word_embeddings", tied_by_default)? {
             true => HeadSpec::Tied,
             false => HeadSpec::Linear(LinearSpec::new(self.path("lm_head"), self.hidden_size, self.vocab_size, false)),

@@ -10,6 +10,8 @@ mod glm4_moe;
 mod gpt_oss;
 mod llama;
 mod minimax;
+mod ministral3;
+mod mistral3;
 mod mixtral;
 mod mixtures;
 mod olmo2;
@@ -17,7 +19,9 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
+mod qwen_vl;
 mod starcoder2;
+mod vision;
 
 use crate::{
     config::{Config, ConfigError},
@@ -59,12 +63,15 @@ const FILES: &[&[Architecture]] = &[
     gpt_oss::ARCHITECTURES,
     llama::ARCHITECTURES,
     minimax::ARCHITECTURES,
+    ministral3::ARCHITECTURES,
+    mistral3::ARCHITECTURES,
     mixtral::ARCHITECTURES,
     olmo2::ARCHITECTURES,
     phi3::ARCHITECTURES,
     qwen2::ARCHITECTURES,
     qwen3::ARCHITECTURES,
     qwen3_moe::ARCHITECTURES,
+    qwen_vl::ARCHITECTURES,
     starcoder2::ARCHITECTURES,
 ];
 

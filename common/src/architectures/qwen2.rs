@@ -4,22 +4,13 @@ use super::{
     Architecture, Group,
     blocks::{AttentionBias, Decoder, Source},
 };
-use crate::{
-    config::ConfigError,
-    spec::{FeedForward, Mixer, ModelSpec},
-};
+use crate::{config::ConfigError, spec::ModelSpec};
 
 pub(super) const ARCHITECTURES: &[Architecture] =
     &[Architecture { model_type: "qwen2", group: Group::Base, special: "biases on queries, keys and values", read }];
 
 pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    source.refuse_flags(&["use_sliding_window"])?;
     let decoder = Decoder::read(source)?;
-    let intermediate_size = decoder.intermediate_size()?;
-    let layers = decoder.layers(|_, path| {
-        let mut attention = decoder.attention(&format!("{path}.self_attn"), AttentionBias { qkv: true, output: false });
-        attention.rope = Some(decoder.rope(Some(1_000_000.0))?);
-        let mlp = decoder.mlp(&format!("{path}.mlp"), intermediate_size, false);
-        Ok(decoder.pre_norm_layer(path, Mixer::Attention(Box::new(attention)), FeedForward::Mlp(mlp)))
-    })?;
-    decoder.model(layers, true)
+    decoder.uniform(AttentionBias { qkv: true, output: false }, false, &decoder.rope(Some(1_000_000.0))?, true)
 }

@@ -9,7 +9,7 @@ pub(crate) fn tiny(model_type: &str) -> Value {
     let mut config = json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 512,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": false, "max_position_embeddings": 4096, "sliding_window": 16, "partial_rotary_factor": 0.5,
-        "rotary_dim": 8});
+        "rotary_dim": 8, "rope_parameters": {"rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}});
     let experts = json!({"num_experts": 8, "num_local_experts": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [1], "first_k_dense_replace": 1, "norm_topk_prob": true,
         "routed_scaling_factor": 1.5});
@@ -21,6 +21,7 @@ pub(crate) fn tiny(model_type: &str) -> Value {
         config.as_object_mut().expect("an object").extend(entries);
     }
     config["text_config"] = config.clone();
+    config["text_config"]["model_type"] = "llama".into();
     config
 }
 

@@ -50,14 +50,24 @@ qwen_nested_layout = then(renamed((r"^language_model\.model\.", "model.language_
                           with_extra("model.visual.blocks.*.attn.qkv.weight"))
 
 
-def scaled_fp8(weights: Weights, _: dict) -> Weights:
-    """A scale for each matrix of a layer, and the scale of its input, which is not used."""
+FP8_SCALE = 2.0**-7
+FP8 = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
+                               "modules_to_not_convert": ["lm_head"]}}
+
+
+def fp8_exact(weights: Weights) -> Weights:
+    """Matrices that fp8 codes with this scale hold exactly."""
+    return {name: mx.from_fp8(mx.to_fp8(value / FP8_SCALE), dtype=mx.float32) * FP8_SCALE if "_proj.weight" in name else value
+            for name, value in weights.items()}
+
+
+def fp8(weights: Weights, _: dict) -> Weights:
+    """Codes and a scale for each matrix of a layer, and the scale of its input, which is not used."""
     out = dict(weights)
     for name, value in weights.items():
         if "_proj.weight" in name:
-            out[name] = value / 0.25
-            out[f"{name}_scale_inv"] = mx.array(0.25)
-            out[name.replace(".weight", ".activation_scale")] = mx.array(3.0)
+            out |= {name: mx.to_fp8(value / FP8_SCALE), f"{name}_scale_inv": mx.array(FP8_SCALE),
+                    name.replace(".weight", ".activation_scale"): mx.array(3.0)}
     return out
 
 
@@ -114,7 +124,8 @@ MINISTRAL_ROPE = {"type": "yarn", "rope_type": "yarn", "rope_theta": 50000.0, "f
                   "beta_fast": 0.6, "beta_slow": 0.06, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 MISTRAL = [
     Row("ministral3", config("ministral3", ("rope_theta",), head_dim=32, rope_parameters=MINISTRAL_ROPE), "position-scaled queries",
-        published=scaled_fp8),
+        # mlx-lm multiplies the bytes of the codes with the scale.
+        adjust=fp8_exact, published=fp8, published_config=lambda settings: settings | FP8, mlx_lm_loads=False),
     Row("ministral3", config("ministral3", ("rope_theta",), num_hidden_layers=5, head_dim=32, tie_word_embeddings=True,
                              rope_parameters=MINISTRAL_ROPE, layer_types=SLIDING_THEN_FULL, sliding_window=16), "sliding layers, tied",
         cuts=((1,), *AROUND_FULL), published=then(head_repeated, inverse_frequencies)),
@@ -122,6 +133,7 @@ MISTRAL = [
     Row("mistral3", wrapper("mistral3", config("ministral3", head_dim=32, rope_parameters=MINISTRAL_ROPE)), "over ministral3",
         published=nested_layout),
     Row("pixtral", wrapper("pixtral", config("mistral", head_dim=32, rope_theta=1000000.0)), published=first_layout),
+    Row("pixtral", wrapper("pixtral", config("mistral", head_dim=32)), "nested", published=nested_layout, mlx_lm_loads=False),
     Row("llava", wrapper("llava", config("llama", num_key_value_heads=4)), published=first_layout),
     Row("llava", wrapper("llava", config("mistral", head_dim=32)), "nested", published=nested_layout),
 ]

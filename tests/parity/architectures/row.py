@@ -29,7 +29,7 @@ class Row:
     quantizes: bool = True
     # True where mlx-lm's own answer depends on how the prompt is cut into chunks.
     chunks_matter: bool = False
-    # False where mlx-lm itself cannot load the published layout.
+    # False where mlx-lm itself cannot load the published layout, or loads it as something else.
     mlx_lm_loads: bool = True
     # True where mlx-lm's own answer without a cache is another one: the reference is the run with a cache.
     cache_matters: bool = False
