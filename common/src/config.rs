@@ -181,6 +181,15 @@ impl<'a> Config<'a> {
         self.get(key).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| invalid(&self.key(key), "true or false", value)))
     }
 
+    pub fn bools(&self, key: &str) -> Result<Option<Vec<bool>>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                let items = value.as_array().and_then(|items| items.iter().map(Value::as_bool).collect::<Option<Vec<_>>>());
+                items.ok_or_else(|| invalid(&self.key(key), "a list of true and false", value))
+            })
+            .transpose()
+    }
+
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
         self.get(key).map(|value| value.as_str().ok_or_else(|| invalid(&self.key(key), "a text", value))).transpose()
     }

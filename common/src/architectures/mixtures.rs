@@ -59,7 +59,7 @@ pub(super) fn groups(config: &Config, n_experts: u32) -> Result<Option<RouterGro
         return Ok(None);
     }
     let kept = config.u32("topk_group", 1, count)?;
-    match n_experts % count == 0 && n_experts / count >= 2 {
+    match n_experts.is_multiple_of(count) && n_experts / count >= 2 {
         true => Ok(Some(RouterGroups { count, kept, by: GroupScore::SumOfBestTwo })),
         false => Err(ConfigError::Contradiction {
             message: format!("n_group {count} does not divide {n_experts} experts into equal groups of two or more"),

@@ -1,26 +1,35 @@
 //! From `config.json` to a [`ModelSpec`]: one file an architecture, each a pure function.
 
+mod bailing_moe;
 mod blocks;
 mod cohere;
 mod cohere2;
+mod dots1;
+mod ernie4_5_moe;
+mod exaone_moe;
 mod gemma;
 mod gemma3;
 mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
+mod granitemoe;
 mod llama;
+mod mellum;
 mod minimax;
 mod ministral3;
 mod mistral3;
 mod mixtral;
 mod mixtures;
 mod olmo2;
+mod olmoe;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
 mod qwen_vl;
 mod starcoder2;
+mod step3p5;
 mod vision;
 
 use crate::{
@@ -54,25 +63,34 @@ pub enum Group {
 
 /// Each file's architectures.
 const FILES: &[&[Architecture]] = &[
+    bailing_moe::ARCHITECTURES,
     cohere::ARCHITECTURES,
     cohere2::ARCHITECTURES,
+    dots1::ARCHITECTURES,
+    ernie4_5_moe::ARCHITECTURES,
+    exaone_moe::ARCHITECTURES,
     gemma::ARCHITECTURES,
     gemma3::ARCHITECTURES,
     gemma4::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
+    granitemoe::ARCHITECTURES,
     llama::ARCHITECTURES,
+    mellum::ARCHITECTURES,
     minimax::ARCHITECTURES,
     ministral3::ARCHITECTURES,
     mistral3::ARCHITECTURES,
     mixtral::ARCHITECTURES,
     olmo2::ARCHITECTURES,
+    olmoe::ARCHITECTURES,
     phi3::ARCHITECTURES,
     qwen2::ARCHITECTURES,
+    qwen2_moe::ARCHITECTURES,
     qwen3::ARCHITECTURES,
     qwen3_moe::ARCHITECTURES,
     qwen_vl::ARCHITECTURES,
     starcoder2::ARCHITECTURES,
+    step3p5::ARCHITECTURES,
 ];
 
 /// Every supported architecture, by group and name.

@@ -10,15 +10,23 @@ pub(crate) fn tiny(model_type: &str) -> Value {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": false, "max_position_embeddings": 4096, "sliding_window": 16, "partial_rotary_factor": 0.5,
         "rotary_dim": 8, "rope_parameters": {"rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}});
-    let experts = json!({"num_experts": 8, "num_local_experts": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [1], "first_k_dense_replace": 1, "norm_topk_prob": true,
-        "routed_scaling_factor": 1.5});
-    let gemma = json!({"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32,
+    let mut add = |part: Value| config.as_object_mut().expect("an object").extend(part.as_object().expect("an object").clone());
+    add(json!({"num_experts": 8, "num_local_experts": 4, "n_routed_experts": 8, "moe_num_experts": 8, "num_experts_per_tok": 2,
+        "moe_top_k": 2, "moe_k": 2, "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "share_expert_dim": 32, "decoder_sparse_step": 1,
+        "first_k_dense_replace": 1, "is_moe_layer": [false, true, true], "routed_scaling_factor": 1.5, "num_attention_groups": 2}));
+    add(json!({"attention_multiplier": 0.5, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0}));
+    add(json!({"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32,
         "rope_local_base_freq": 10000.0, "altup_num_inputs": 4, "altup_active_idx": 0, "altup_coef_clip": 0.4, "altup_correct_scale": true,
-        "laurel_rank": 32, "final_logit_softcapping": null, "activation_sparsity_pattern": [0.9, 0.0, 0.0]});
-    for part in [experts, gemma] {
-        let entries = part.as_object().expect("an object").clone();
-        config.as_object_mut().expect("an object").extend(entries);
+        "laurel_rank": 32, "final_logit_softcapping": null, "activation_sparsity_pattern": [0.9, 0.0, 0.0]}));
+    let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    let rope = json!({"rope_theta": 10000.0});
+    match model_type {
+        "dots1" | "glm4_moe" | "solar_open" => add(json!({"norm_topk_prob": true})),
+        "exaone_moe" => add(json!({"layer_types": types})),
+        "mellum" => add(json!({"layer_types": types, "rope_parameters": {"full_attention": rope, "sliding_attention": rope}})),
+        "qwen3_moe" => add(json!({"norm_topk_prob": true, "mlp_only_layers": [1]})),
+        _ => {}
     }
     config["text_config"] = config.clone();
     config["text_config"]["model_type"] = "llama".into();
@@ -43,6 +51,7 @@ fn layers_with_experts() {
     assert_eq!(routed("mixtral"), [true, true, true]);
     assert_eq!(routed("qwen3_moe"), [true, false, true]);
     assert_eq!(routed("glm4_moe"), [false, true, true]);
+    assert_eq!(routed("exaone_moe"), [false, true, true]);
 }
 
 #[test]
