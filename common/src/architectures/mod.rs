@@ -9,6 +9,7 @@ mod ernie4_5_moe;
 mod exaone_moe;
 mod gemma;
 mod gemma3;
+mod gemma3n;
 mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
@@ -71,6 +72,7 @@ const FILES: &[&[Architecture]] = &[
     exaone_moe::ARCHITECTURES,
     gemma::ARCHITECTURES,
     gemma3::ARCHITECTURES,
+    gemma3n::ARCHITECTURES,
     gemma4::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,

@@ -1,6 +1,7 @@
 //! The building blocks of decoders, each written once: they read like the maths and fall apart at the cache.
 
 mod activation;
+mod alternating_updates;
 mod attention;
 mod ends;
 mod experts;

@@ -1,5 +1,6 @@
 //! How the outputs of a layer's mixer and feed-forward join the residual stream.
 
+use super::alternating_updates::{self, Correct, Predict};
 use crate::{error::LmError, parameters::Parameters, weights::Weights};
 use mlx_cluster_common::spec::{Quantization, Residual};
 use mlx_rs::{Array, Dtype, ops};
@@ -10,6 +11,8 @@ pub enum Split {
     Plain,
     /// The normed stream goes past the mixer to the feed-forward.
     Parallel,
+    /// Predictions of all streams and the low-rank path go past the mixer.
+    Streams(Box<Predict>),
 }
 
 /// The stream that a layer works on.
@@ -25,14 +28,18 @@ pub enum Join {
     Serial { multiplier: f32 },
     SerialClipped,
     Parallel,
+    Streams(Box<Correct>),
 }
 
-pub(super) fn load(_weights: &mut Weights, spec: &Residual, _quantization: &Quantization) -> Result<(Split, Join), LmError> {
+pub(super) fn load(weights: &mut Weights, spec: &Residual, quantization: &Quantization) -> Result<(Split, Join), LmError> {
     Ok(match spec {
         Residual::Serial { multiplier } => (Split::Plain, Join::Serial { multiplier: *multiplier }),
         Residual::SerialClipped => (Split::Plain, Join::SerialClipped),
         Residual::Parallel => (Split::Parallel, Join::Parallel),
-        other => return Err(LmError::Mlx(format!("no block for {other:?}"))),
+        Residual::AlternatingUpdates(spec) => {
+            let (predict, correct) = alternating_updates::load(weights, spec, quantization)?;
+            (Split::Streams(Box::new(predict)), Join::Streams(Box::new(correct)))
+        }
     })
 }
 
@@ -42,28 +49,40 @@ impl Split {
         match self {
             Self::Plain => 0,
             Self::Parallel => 1,
+            Self::Streams(_) => 2,
         }
     }
 
+    /// `x` `[B, L, streams · D]`.
     pub fn active(&self, x: &Array) -> Result<Active, LmError> {
-        Ok(Active { stream: x.clone(), kept: Vec::new() })
+        match self {
+            Self::Plain | Self::Parallel => Ok(Active { stream: x.clone(), kept: Vec::new() }),
+            Self::Streams(predict) => {
+                let predicted = predict.forward(x)?;
+                Ok(Active { stream: predict.active(&predicted)?, kept: vec![predicted] })
+            }
+        }
     }
 
     /// What goes past the mixer to `Join`.
     pub fn beside(&self, active: Active, normed: &Array) -> Result<Vec<Array>, LmError> {
+        let mut beside = active.kept;
         match self {
-            Self::Plain => Ok(active.kept),
-            Self::Parallel => Ok(vec![normed.clone()]),
+            Self::Plain => {}
+            Self::Parallel => beside.push(normed.clone()),
+            Self::Streams(predict) => beside.push(predict.laurel(normed)?),
         }
+        Ok(beside)
     }
 }
 
 impl Join {
-    /// The stream after the mixer.
-    pub fn mixed(&self, x: &Array, mixed: Option<Array>, _beside: &[Array]) -> Result<Array, LmError> {
-        match mixed {
-            Some(mixed) => self.add(x, &mixed),
-            None => Ok(x.clone()),
+    /// The stream after the mixer, `[B, L, D]`.
+    pub fn mixed(&self, x: &Array, mixed: Option<Array>, beside: &[Array]) -> Result<Array, LmError> {
+        match (self, beside, mixed) {
+            (Self::Streams(correct), [predicted, laurel], mixed) => correct.mixed(predicted, mixed.as_ref(), laurel),
+            (_, _, Some(mixed)) => self.add(x, &mixed),
+            (_, _, None) => Ok(x.clone()),
         }
     }
 
@@ -80,18 +99,21 @@ impl Join {
         }
     }
 
-    /// The stream after the feed-forward and the layer's own input.
+    /// The stream after the feed-forward and the layer's own input, `[B, L, streams · D]`.
     pub fn forwarded(
         &self,
         h: Array,
         forwarded: Option<Array>,
-        _beside: &[Array],
+        beside: &[Array],
         layer_input: impl FnOnce(&Array) -> Result<Option<Array>, LmError>,
     ) -> Result<Array, LmError> {
         let y = match forwarded {
             Some(forwarded) => self.add(&h, &forwarded)?,
             None => h,
         };
+        if let (Self::Streams(correct), [predicted, ..]) = (self, beside) {
+            return correct.forward(predicted, &y, layer_input);
+        }
         match layer_input(&y)? {
             Some(input) => Ok(ops::add(&y, &input)?),
             None => Ok(y),
@@ -114,13 +136,29 @@ impl Join {
 }
 
 impl Parameters for Split {
-    fn each<'a>(&'a self, _visit: &mut dyn FnMut(&'a Array)) {}
+    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
+        if let Self::Streams(predict) = self {
+            predict.each(visit);
+        }
+    }
 
-    fn each_mut(&mut self, _visit: &mut dyn FnMut(&mut Array)) {}
+    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
+        if let Self::Streams(predict) = self {
+            predict.each_mut(visit);
+        }
+    }
 }
 
 impl Parameters for Join {
-    fn each<'a>(&'a self, _visit: &mut dyn FnMut(&'a Array)) {}
+    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
+        if let Self::Streams(correct) = self {
+            correct.each(visit);
+        }
+    }
 
-    fn each_mut(&mut self, _visit: &mut dyn FnMut(&mut Array)) {}
+    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
+        if let Self::Streams(correct) = self {
+            correct.each_mut(visit);
+        }
+    }
 }
