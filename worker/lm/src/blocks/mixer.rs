@@ -5,7 +5,10 @@
 
 use super::{
     attention,
-    recurrence::{Recurrence, ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject},
+    recurrence::{
+        Recurrence, SelectiveScan, SelectiveScanMerge, SelectiveScanProject, ShortConvolution, ShortConvolutionMerge,
+        ShortConvolutionProject, StateSpace, StateSpaceMerge, StateSpaceProject,
+    },
 };
 use crate::{
     cache::{Cache, KvCache, RecurrentState},
@@ -29,7 +32,9 @@ pub struct Projected {
 #[derive(Debug, Clone)]
 pub enum Project {
     Attention(Box<attention::Project>),
+    SelectiveScan(SelectiveScanProject),
     ShortConvolution(ShortConvolutionProject),
+    StateSpace(StateSpaceProject),
     Parallel(Vec<Project>),
 }
 
@@ -46,7 +51,9 @@ pub enum Mix {
 #[derive(Debug, Clone)]
 pub enum Merge {
     Attention(attention::Merge),
+    SelectiveScan(SelectiveScanMerge),
     ShortConvolution(ShortConvolutionMerge),
+    StateSpace(StateSpaceMerge),
     /// Each takes one mixed array and this many of those beside.
     Parallel(Vec<(usize, Merge)>),
 }
@@ -64,6 +71,16 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
             Project::ShortConvolution(ShortConvolutionProject::load(weights, spec, quantization)?),
             Mix::Recurrent(Box::new(Recurrence::ShortConvolution(ShortConvolution::load(weights, spec)?))),
             Merge::ShortConvolution(ShortConvolutionMerge::load(weights, spec, quantization)?),
+        ),
+        Mixer::SelectiveScan(spec) => (
+            Project::SelectiveScan(SelectiveScanProject::load(weights, spec, quantization)?),
+            Mix::Recurrent(Box::new(Recurrence::SelectiveScan(SelectiveScan::load(weights, spec, quantization)?))),
+            Merge::SelectiveScan(SelectiveScanMerge::load(weights, spec, quantization)?),
+        ),
+        Mixer::StateSpace(spec) => (
+            Project::StateSpace(StateSpaceProject::load(weights, spec, quantization)?),
+            Mix::Recurrent(Box::new(Recurrence::StateSpace(StateSpace::load(weights, spec, quantization)?))),
+            Merge::StateSpace(StateSpaceMerge::load(weights, spec, quantization)?),
         ),
         Mixer::Parallel(specs) => {
             let (mut projects, mut mixes, mut merges) = (Vec::new(), Vec::new(), Vec::new());
@@ -103,7 +120,9 @@ impl Project {
     pub fn arity(&self) -> (usize, usize) {
         match self {
             Self::Attention(project) => project.arity(),
+            Self::SelectiveScan(_) => SelectiveScanProject::ARITY,
             Self::ShortConvolution(_) => ShortConvolutionProject::ARITY,
+            Self::StateSpace(project) => project.arity(),
             Self::Parallel(projects) => projects.iter().map(Self::arity).fold((0, 0), |sum, arity| (sum.0 + arity.0, sum.1 + arity.1)),
         }
     }
@@ -112,7 +131,9 @@ impl Project {
     pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         match self {
             Self::Attention(project) => project.forward(x, offsets),
+            Self::SelectiveScan(project) => project.forward(x),
             Self::ShortConvolution(project) => project.forward(x),
+            Self::StateSpace(project) => project.forward(x),
             Self::Parallel(projects) => {
                 let mut all = Projected::default();
                 for project in projects {
@@ -160,7 +181,9 @@ impl Merge {
         let first = mixed.first().ok_or_else(|| LmError::Mlx("a mixer gave nothing".into()))?;
         match self {
             Self::Attention(merge) => merge.forward(first, beside),
+            Self::SelectiveScan(merge) => merge.forward(first, beside),
             Self::ShortConvolution(merge) => merge.forward(first, beside),
+            Self::StateSpace(merge) => merge.forward(first, beside),
             Self::Parallel(merges) => {
                 let (mut sum, mut rest) = (None, beside);
                 for ((n, merge), mixed) in merges.iter().zip(mixed) {
@@ -198,6 +221,6 @@ macro_rules! parameters_of_variants {
         }
     };
 }
-parameters_of_variants!(Project: Attention, ShortConvolution; inner => inner);
+parameters_of_variants!(Project: Attention, SelectiveScan, ShortConvolution, StateSpace; inner => inner);
 parameters_of_variants!(Mix: Attention, Recurrent; (_, inner) => inner);
-parameters_of_variants!(Merge: Attention, ShortConvolution; (_, inner) => inner);
+parameters_of_variants!(Merge: Attention, SelectiveScan, ShortConvolution, StateSpace; (_, inner) => inner);
