@@ -129,6 +129,23 @@ impl<'a> Decoder<'a> {
         Ok(Self { n_layers, ..Self::read_with_defaults(source, &defaults)? })
     }
 
+    /// A decoder none of whose layers has attention: the sizes of heads are zero.
+    pub(super) fn without_attention(source: Source<'a>, n_layers: u32, norm_eps: f32) -> Result<Self, ConfigError> {
+        let config = source.config;
+        Ok(Self {
+            source,
+            config,
+            hidden_size: config.u32("hidden_size", 1, 1 << 20)?,
+            n_layers,
+            n_heads: 0,
+            n_kv_heads: 0,
+            head_dim: 0,
+            vocab_size: config.u32("vocab_size", 1, 1 << 24)?,
+            norm_eps,
+            norm_kind: NormKind::Rms { offset: 0.0 },
+        })
+    }
+
     /// The same where the config may leave sizes out.
     pub(super) fn read_with_defaults(source: Source<'a>, defaults: &Defaults) -> Result<Self, ConfigError> {
         let config = source.config;

@@ -15,6 +15,8 @@ mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
 mod llama;
+mod mamba;
+mod mamba2;
 mod mellum;
 mod minimax;
 mod ministral3;
@@ -30,6 +32,7 @@ mod qwen3;
 mod qwen3_moe;
 mod qwen_vl;
 mod starcoder2;
+mod state_spaces;
 mod step3p5;
 mod vision;
 
@@ -78,6 +81,8 @@ const FILES: &[&[Architecture]] = &[
     gpt_oss::ARCHITECTURES,
     granitemoe::ARCHITECTURES,
     llama::ARCHITECTURES,
+    mamba::ARCHITECTURES,
+    mamba2::ARCHITECTURES,
     mellum::ARCHITECTURES,
     minimax::ARCHITECTURES,
     ministral3::ARCHITECTURES,

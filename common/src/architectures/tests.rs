@@ -19,6 +19,7 @@ pub(crate) fn tiny(model_type: &str) -> Value {
     add(json!({"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32,
         "rope_local_base_freq": 10000.0, "altup_num_inputs": 4, "altup_active_idx": 0, "altup_coef_clip": 0.4, "altup_correct_scale": true,
         "laurel_rank": 32, "final_logit_softcapping": null, "activation_sparsity_pattern": [0.9, 0.0, 0.0]}));
+    add(json!({"num_heads": 8, "state_size": 16, "n_groups": 2, "conv_kernel": 4, "time_step_rank": "auto", "layer_norm_epsilon": 1e-5}));
     let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
     let rope = json!({"rope_theta": 10000.0});
     match model_type {

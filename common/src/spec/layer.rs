@@ -115,6 +115,28 @@ impl LayerSpec {
         }
     }
 
+    /// A pre-norm layer that only mixes tokens.
+    pub fn mixer_only(norm: NormSpec, mixer: Mixer) -> Self {
+        Self { before_mixer: Some(norm), mixer, ..Self::EMPTY }
+    }
+
+    /// A pre-norm layer that only treats each token alone.
+    pub fn feed_forward_only(norm: NormSpec, feed_forward: FeedForward) -> Self {
+        Self { before_feed_forward: Some(norm), feed_forward, ..Self::EMPTY }
+    }
+
+    const EMPTY: LayerSpec = LayerSpec {
+        before_mixer: None,
+        mixer: Mixer::None,
+        after_mixer: None,
+        before_feed_forward: None,
+        feed_forward: FeedForward::None,
+        after_feed_forward: None,
+        residual: Residual::PLAIN,
+        layer_input: None,
+        output_scale: None,
+    };
+
     pub(super) fn weights(&self) -> Vec<Weight<'_>> {
         let norms = [&self.before_mixer, &self.after_mixer, &self.before_feed_forward, &self.after_feed_forward];
         let mut weights: Vec<_> = norms.into_iter().flatten().map(Weight::Norm).collect();

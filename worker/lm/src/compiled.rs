@@ -4,7 +4,7 @@
 //! are large. A recurrent state is small, and its whole step is one compiled function more.
 
 use crate::{
-    blocks::{After, Before, Entry, Exit, Flow, Layer, Mix, Recurrence},
+    blocks::{After, Before, Entry, Exit, Flow, Layer, Mix, Recurrence, with_arrays},
     cache::RecurrentState,
     error::LmError,
     parameters::Parameters,
@@ -227,7 +227,8 @@ impl CompiledStep {
         let recurrence = (**recurrence).clone();
         let mut weights = Vec::new();
         recurrence.each(&mut |array| weights.push(array.clone()));
-        let function = functions.entry(format!("step {signature}")).or_insert_with(|| compiled_step(recurrence.clone(), arity));
+        let key = format!("step {}", with_arrays(signature, &recurrence));
+        let function = functions.entry(key).or_insert_with(|| compiled_step(recurrence.clone(), arity));
         Some(Self { function: Rc::clone(function), recurrence, weights })
     }
 

@@ -251,7 +251,8 @@ fn signature(number: u32, spec: &impl std::fmt::Debug) -> String {
     format!("{spec:?}").replace(&format!(".{number}."), ".")
 }
 
-fn with_arrays(signature: &str, piece: &impl Parameters) -> String {
+/// A signature with the types and shapes of a piece's arrays.
+pub fn with_arrays(signature: &str, piece: &impl Parameters) -> String {
     let mut text = signature.to_owned();
     piece.each(&mut |array| {
         // Writing to a String cannot fail.
