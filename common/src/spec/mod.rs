@@ -19,7 +19,8 @@ pub use layer::{AlternatingUpdatesSpec, LayerInputSpec, LayerInputsSpec, LayerSp
 pub use parameters::{ConvolutionSpec, EmbeddingSpec, ExpertsSpec, HeadLinearSpec, LinearSpec, NormKind, NormSpec, TensorSpec, Weight};
 pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
 pub use recurrent::{
-    GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs, StateSpaceSpec,
+    AfterConvolutionSpec, GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs,
+    StateSpaceSpec,
 };
 pub use rope::{RopeKind, RopeSpec, rotary_dims, yarn_attention_factor};
 

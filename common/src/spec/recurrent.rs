@@ -59,17 +59,20 @@ pub struct StateSpaceSpec {
 pub enum StateSpaceInputs {
     /// One linear gives the gate, what the convolution takes (x, B and C) and the time steps.
     Joint(LinearSpec),
-    /// One linear gives the gate and x for each head side by side; B, C and the time steps come from x after the convolution, each through a
-    /// norm (PLaMo 2). `dt_norm` is `[dt_rank]`, the other two `[state_dim]`.
-    AfterConvolution {
-        gate_and_x: LinearSpec,
-        bcdt: LinearSpec,
-        dt: LinearSpec,
-        dt_norm: TensorSpec,
-        b_norm: TensorSpec,
-        c_norm: TensorSpec,
-        eps: f32,
-    },
+    /// One linear gives the gate and x for each head side by side; the rest comes from x after the convolution (PLaMo 2).
+    AfterConvolution { gate_and_x: LinearSpec, rest: Box<AfterConvolutionSpec> },
+}
+
+/// B, C and the time steps from x after the convolution, each through a norm: `dt_norm` is `[dt_rank]`, the other two `[state_dim]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AfterConvolutionSpec {
+    /// Gives B, C and the time step's low rank.
+    pub bcdt: LinearSpec,
+    pub dt: LinearSpec,
+    pub dt_norm: TensorSpec,
+    pub b_norm: TensorSpec,
+    pub c_norm: TensorSpec,
+    pub eps: f32,
 }
 
 /// How the gate `z` and a norm act on what comes out of a scan.
@@ -134,9 +137,9 @@ impl StateSpaceSpec {
     pub(super) fn weights<'a>(&'a self, out: &mut Vec<Weight<'a>>) {
         match &self.inputs {
             StateSpaceInputs::Joint(linear) => out.push(Weight::Linear(linear)),
-            StateSpaceInputs::AfterConvolution { gate_and_x, bcdt, dt, dt_norm, b_norm, c_norm, .. } => {
-                out.extend([gate_and_x, bcdt, dt].map(Weight::Linear));
-                out.extend([dt_norm, b_norm, c_norm].map(Weight::Tensor));
+            StateSpaceInputs::AfterConvolution { gate_and_x, rest } => {
+                out.extend([gate_and_x, &rest.bcdt, &rest.dt].map(Weight::Linear));
+                out.extend([&rest.dt_norm, &rest.b_norm, &rest.c_norm].map(Weight::Tensor));
             }
         }
         out.push(Weight::Convolution(&self.convolution));

@@ -16,7 +16,7 @@ const ONE_BY_ONE: i32 = 16;
 
 /// Before the state: x goes to the convolution, the gate past it.
 #[derive(Debug, Clone)]
-pub struct SelectiveScanProject {
+pub(in crate::blocks) struct SelectiveScanProject {
     input: Linear,
 }
 parameters!(SelectiveScanProject: input);
@@ -165,7 +165,7 @@ impl Tokens {
 
 /// After the state: the gate, the output.
 #[derive(Debug, Clone)]
-pub struct SelectiveScanMerge {
+pub(in crate::blocks) struct SelectiveScanMerge {
     output: Linear,
 }
 parameters!(SelectiveScanMerge: output);

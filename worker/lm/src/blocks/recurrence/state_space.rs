@@ -2,7 +2,7 @@
 
 use super::{convolution::Convolution, gated_norm::GatedNorm, only};
 use crate::{blocks::mixer::Projected, error::LmError, ffi, linear::Linear, parameters::parameters, weights::Weights};
-use mlx_cluster_common::spec::{Quantization, StateSpaceInputs, StateSpaceSpec};
+use mlx_cluster_common::spec::{AfterConvolutionSpec, Quantization, StateSpaceInputs, StateSpaceSpec};
 use mlx_rs::{Array, Dtype, fast, nn, ops};
 
 /// Tokens that are mixed at once by matrix products, as in mlx-lm; between such chunks only the state is passed on.
@@ -10,7 +10,7 @@ const CHUNK: i32 = 256;
 
 /// Before the state: what the convolution takes, and the time steps where they do not come from it; the gate goes past it.
 #[derive(Debug, Clone)]
-pub struct StateSpaceProject {
+pub(in crate::blocks) struct StateSpaceProject {
     input: Linear,
     layout: InputLayout,
 }
@@ -109,14 +109,7 @@ impl StateSpace {
     pub(in crate::blocks) fn load(weights: &mut Weights, spec: &StateSpaceSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let after_convolution = match &spec.inputs {
             StateSpaceInputs::Joint(_) => None,
-            StateSpaceInputs::AfterConvolution { bcdt, dt, dt_norm, b_norm, c_norm, eps, .. } => Some(AfterConvolution {
-                bcdt: Linear::load(weights, bcdt, quantization)?,
-                dt: Linear::load(weights, dt, quantization)?,
-                dt_norm: weights.take(&dt_norm.name)?,
-                b_norm: weights.take(&b_norm.name)?,
-                c_norm: weights.take(&c_norm.name)?,
-                eps: *eps,
-            }),
+            StateSpaceInputs::AfterConvolution { rest, .. } => Some(AfterConvolution::load(weights, rest, quantization)?),
         };
         Ok(Self {
             convolution: Convolution::load(weights, &spec.convolution)?,
@@ -239,6 +232,17 @@ impl StateSpace {
 }
 
 impl AfterConvolution {
+    fn load(weights: &mut Weights, spec: &AfterConvolutionSpec, quantization: &Quantization) -> Result<Self, LmError> {
+        Ok(Self {
+            bcdt: Linear::load(weights, &spec.bcdt, quantization)?,
+            dt: Linear::load(weights, &spec.dt, quantization)?,
+            dt_norm: weights.take(&spec.dt_norm.name)?,
+            b_norm: weights.take(&spec.b_norm.name)?,
+            c_norm: weights.take(&spec.c_norm.name)?,
+            eps: spec.eps,
+        })
+    }
+
     /// `x` `[1, n, inner]`: b, c and the time steps.
     fn forward(&self, x: &Array, state_dim: i32) -> Result<[Array; 3], LmError> {
         let [b, c, dt] = super::three(self.bcdt.forward(x)?.split_at_indices(&[state_dim, 2 * state_dim], -1)?)?;
@@ -266,7 +270,7 @@ fn decays_between(log_decay: &Array) -> Result<Array, LmError> {
 
 /// After the state: the gate, a norm, the output.
 #[derive(Debug, Clone)]
-pub struct StateSpaceMerge {
+pub(in crate::blocks) struct StateSpaceMerge {
     gated_norm: GatedNorm,
     output: Linear,
 }
