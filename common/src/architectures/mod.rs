@@ -14,6 +14,7 @@ mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
+mod lfm2;
 mod llama;
 mod mamba;
 mod mamba2;
@@ -29,7 +30,9 @@ mod phi3;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
+mod qwen3_5;
 mod qwen3_moe;
+mod qwen3_next;
 mod qwen_vl;
 mod starcoder2;
 mod state_spaces;
@@ -80,6 +83,7 @@ const FILES: &[&[Architecture]] = &[
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
     granitemoe::ARCHITECTURES,
+    lfm2::ARCHITECTURES,
     llama::ARCHITECTURES,
     mamba::ARCHITECTURES,
     mamba2::ARCHITECTURES,
@@ -94,7 +98,9 @@ const FILES: &[&[Architecture]] = &[
     qwen2::ARCHITECTURES,
     qwen2_moe::ARCHITECTURES,
     qwen3::ARCHITECTURES,
+    qwen3_5::ARCHITECTURES,
     qwen3_moe::ARCHITECTURES,
+    qwen3_next::ARCHITECTURES,
     qwen_vl::ARCHITECTURES,
     starcoder2::ARCHITECTURES,
     step3p5::ARCHITECTURES,

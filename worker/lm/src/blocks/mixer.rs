@@ -6,8 +6,8 @@
 use super::{
     attention,
     recurrence::{
-        Recurrence, SelectiveScan, SelectiveScanMerge, SelectiveScanProject, ShortConvolution, ShortConvolutionMerge,
-        ShortConvolutionProject, StateSpace, StateSpaceMerge, StateSpaceProject,
+        GatedDelta, GatedDeltaMerge, GatedDeltaProject, Recurrence, SelectiveScan, SelectiveScanMerge, SelectiveScanProject,
+        ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject, StateSpace, StateSpaceMerge, StateSpaceProject,
     },
 };
 use crate::{
@@ -32,6 +32,7 @@ pub struct Projected {
 #[derive(Debug, Clone)]
 pub enum Project {
     Attention(Box<attention::Project>),
+    GatedDelta(GatedDeltaProject),
     SelectiveScan(SelectiveScanProject),
     ShortConvolution(ShortConvolutionProject),
     StateSpace(StateSpaceProject),
@@ -51,6 +52,7 @@ pub enum Mix {
 #[derive(Debug, Clone)]
 pub enum Merge {
     Attention(attention::Merge),
+    GatedDelta(GatedDeltaMerge),
     SelectiveScan(SelectiveScanMerge),
     ShortConvolution(ShortConvolutionMerge),
     StateSpace(StateSpaceMerge),
@@ -66,6 +68,11 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
             Project::Attention(Box::new(attention::Project::load(weights, spec, quantization)?)),
             Mix::Attention(attention::Attend::load(weights, spec)?),
             Merge::Attention(attention::Merge::load(weights, spec, quantization)?),
+        ),
+        Mixer::GatedDelta(spec) => (
+            Project::GatedDelta(GatedDeltaProject::load(weights, spec, quantization)?),
+            Mix::Recurrent(Box::new(Recurrence::GatedDelta(GatedDelta::load(weights, spec)?))),
+            Merge::GatedDelta(GatedDeltaMerge::load(weights, spec, quantization)?),
         ),
         Mixer::ShortConvolution(spec) => (
             Project::ShortConvolution(ShortConvolutionProject::load(weights, spec, quantization)?),
@@ -120,6 +127,7 @@ impl Project {
     pub fn arity(&self) -> (usize, usize) {
         match self {
             Self::Attention(project) => project.arity(),
+            Self::GatedDelta(_) => GatedDeltaProject::ARITY,
             Self::SelectiveScan(_) => SelectiveScanProject::ARITY,
             Self::ShortConvolution(_) => ShortConvolutionProject::ARITY,
             Self::StateSpace(project) => project.arity(),
@@ -131,6 +139,7 @@ impl Project {
     pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         match self {
             Self::Attention(project) => project.forward(x, offsets),
+            Self::GatedDelta(project) => project.forward(x),
             Self::SelectiveScan(project) => project.forward(x),
             Self::ShortConvolution(project) => project.forward(x),
             Self::StateSpace(project) => project.forward(x),
@@ -181,6 +190,7 @@ impl Merge {
         let first = mixed.first().ok_or_else(|| LmError::Mlx("a mixer gave nothing".into()))?;
         match self {
             Self::Attention(merge) => merge.forward(first, beside),
+            Self::GatedDelta(merge) => merge.forward(first, beside),
             Self::SelectiveScan(merge) => merge.forward(first, beside),
             Self::ShortConvolution(merge) => merge.forward(first, beside),
             Self::StateSpace(merge) => merge.forward(first, beside),
@@ -221,6 +231,6 @@ macro_rules! parameters_of_variants {
         }
     };
 }
-parameters_of_variants!(Project: Attention, SelectiveScan, ShortConvolution, StateSpace; inner => inner);
+parameters_of_variants!(Project: Attention, GatedDelta, SelectiveScan, ShortConvolution, StateSpace; inner => inner);
 parameters_of_variants!(Mix: Attention, Recurrent; (_, inner) => inner);
-parameters_of_variants!(Merge: Attention, SelectiveScan, ShortConvolution, StateSpace; (_, inner) => inner);
+parameters_of_variants!(Merge: Attention, GatedDelta, SelectiveScan, ShortConvolution, StateSpace; (_, inner) => inner);

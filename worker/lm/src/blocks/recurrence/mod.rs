@@ -1,11 +1,14 @@
 //! Mixers whose memory of a sequence has a fixed size: what they have in common.
 
 mod convolution;
+mod delta_rule;
+mod gated_delta;
 mod gated_norm;
 mod selective_scan;
 mod short_convolution;
 mod state_space;
 
+pub(super) use gated_delta::{GatedDelta, GatedDeltaMerge, GatedDeltaProject};
 pub(super) use selective_scan::{SelectiveScan, SelectiveScanMerge, SelectiveScanProject};
 pub(super) use short_convolution::{ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject};
 pub(super) use state_space::{StateSpace, StateSpaceMerge, StateSpaceProject};
@@ -16,6 +19,7 @@ use mlx_rs::{Array, Dtype};
 /// The part of a recurrent mixer that stands at its state.
 #[derive(Debug, Clone)]
 pub enum Recurrence {
+    GatedDelta(GatedDelta),
     SelectiveScan(SelectiveScan),
     ShortConvolution(ShortConvolution),
     StateSpace(StateSpace),
@@ -36,6 +40,7 @@ impl Recurrence {
     /// The state before the first token, for activations of this type.
     fn initial_state(&self, dtype: Dtype) -> Result<Vec<Array>, LmError> {
         match self {
+            Self::GatedDelta(inner) => inner.initial_state(dtype),
             Self::SelectiveScan(inner) => inner.initial_state(dtype),
             Self::ShortConvolution(inner) => inner.initial_state(dtype),
             Self::StateSpace(inner) => inner.initial_state(dtype),
@@ -45,6 +50,7 @@ impl Recurrence {
     /// What comes out, and the state after: a pure function, so that it can be compiled.
     pub fn step(&self, rows: &[Array], state: &[Array]) -> Result<(Array, Vec<Array>), LmError> {
         match self {
+            Self::GatedDelta(inner) => inner.step(rows, state),
             Self::SelectiveScan(inner) => inner.step(rows, state),
             Self::ShortConvolution(inner) => inner.step(rows, state),
             Self::StateSpace(inner) => inner.step(rows, state),
@@ -55,6 +61,7 @@ impl Recurrence {
 impl Parameters for Recurrence {
     fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
         match self {
+            Self::GatedDelta(inner) => inner.each(visit),
             Self::SelectiveScan(inner) => inner.each(visit),
             Self::ShortConvolution(inner) => inner.each(visit),
             Self::StateSpace(inner) => inner.each(visit),
@@ -63,6 +70,7 @@ impl Parameters for Recurrence {
 
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         match self {
+            Self::GatedDelta(inner) => inner.each_mut(visit),
             Self::SelectiveScan(inner) => inner.each_mut(visit),
             Self::ShortConvolution(inner) => inner.each_mut(visit),
             Self::StateSpace(inner) => inner.each_mut(visit),
