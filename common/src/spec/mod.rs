@@ -19,8 +19,8 @@ pub use layer::{AlternatingUpdatesSpec, LayerInputSpec, LayerInputsSpec, LayerSp
 pub use parameters::{ConvolutionSpec, EmbeddingSpec, ExpertsSpec, HeadLinearSpec, LinearSpec, NormKind, NormSpec, TensorSpec, Weight};
 pub use quantization::{PublishedQuantization, Quantization, QuantizationMode, QuantizationScheme};
 pub use recurrent::{
-    AfterConvolutionSpec, GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec, StateSpaceInputs,
-    StateSpaceSpec,
+    AfterConvolutionSpec, CHUNK_TOKENS, GatedDeltaProjections, GatedDeltaSpec, GatedNorm, SelectiveScanSpec, ShortConvolutionSpec,
+    StateSpaceInputs, StateSpaceSpec,
 };
 pub use rope::{RopeKind, RopeSpec, rotary_dims, yarn_attention_factor};
 
@@ -187,6 +187,12 @@ impl ModelSpec {
             }
         }
         tensors
+    }
+
+    /// Prompts have to be cut at multiples of this for the same answer to the last bit: mixers with a state work through a prompt in chunks, and
+    /// latent attention computes a single token in another form.
+    pub fn part_multiple(&self) -> u32 {
+        if self.layers.iter().any(|layer| layer.mixer.minds_cuts()) { CHUNK_TOKENS } else { 1 }
     }
 
     pub fn n_streams(&self) -> u32 {

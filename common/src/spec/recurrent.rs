@@ -2,6 +2,9 @@
 
 use super::{ConvolutionSpec, LinearSpec, NormSpec, TensorSpec, Weight};
 
+/// Tokens that a state takes in at once when a prompt is read, counted from where a step's segment begins.
+pub const CHUNK_TOKENS: u32 = 64;
+
 /// Linear attention by the gated delta rule (Yang et al. 2024), behind a short convolution, with a gated norm before the output.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GatedDeltaSpec {

@@ -33,11 +33,11 @@ pub fn run() -> ExitCode {
     };
     end_with_stdin();
     let report = |done_bytes, total_bytes| say(&BootLine::Loading { done_bytes, total_bytes });
-    let (shard, _) = match load(&boot, report) {
+    let (shard, model) = match load(&boot, report) {
         Ok(loaded) => loaded,
         Err(cause) => return fail(cause, 3),
     };
-    match serve(boot, shard) {
+    match serve(boot, shard, model.part_multiple()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(cause) => fail(cause, 4),
     }
@@ -82,7 +82,7 @@ fn say(line: &BootLine) {
 }
 
 /// Serves from a small runtime while one thread steps. Ends only when that thread does.
-fn serve(boot: Boot, shard: Shard) -> Result<(), String> {
+fn serve(boot: Boot, shard: Shard, part_multiple: u32) -> Result<(), String> {
     let (commands, receiver) = mpsc::channel::<Command>(CHANNEL);
     let (pulse, pulse_receiver) = watch::channel(Pulse::default());
     let (faults, fault_receiver) = watch::channel::<Fault>(None);
@@ -101,13 +101,13 @@ fn serve(boot: Boot, shard: Shard) -> Result<(), String> {
     });
     say(&BootLine::Ready { port });
     match spec.is_first() {
-        true => Lead::new(shard, limits(&boot), receiver, Arc::new(pulse), boot.node_name).run(),
+        true => Lead::new(shard, limits(&boot, part_multiple), receiver, Arc::new(pulse), boot.node_name).run(),
         false => Relay::new(shard, receiver, faults, boot.node_name).run(),
     }
     Ok(())
 }
 
-fn limits(boot: &Boot) -> Limits {
+fn limits(boot: &Boot, part_multiple: u32) -> Limits {
     let spec = &boot.spec;
     Limits {
         n_stages: spec.n_stages,
@@ -115,5 +115,6 @@ fn limits(boot: &Boot) -> Limits {
         cache_tokens: spec.cache_tokens,
         prefill_tokens: PREFILL_TOKENS,
         scored_tokens: SCORED_TOKENS,
+        part_multiple,
     }
 }

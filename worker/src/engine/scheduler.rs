@@ -34,6 +34,9 @@ pub(super) struct Limits {
     pub(super) prefill_tokens: u32,
     /// The same for prompts whose log-probabilities are wanted: each of their tokens costs a row of logits.
     pub(super) scored_tokens: u32,
+    /// Parts of prompts end at multiples of this, and none but a whole prompt is a single token: what some mixers compute is the same to the
+    /// last bit only then, however a prompt is cut. 1 where it does not matter.
+    pub(super) part_multiple: u32,
 }
 
 #[derive(Debug)]
@@ -283,8 +286,12 @@ impl BatchScheduler {
         for id in self.prefill_order() {
             let Some(sequence) = self.sequences.get_mut(&id).filter(|_| left > 0) else { continue };
             let scored = sequence.submission.params.prompt_logprobs.is_some();
-            let length = sequence.unread().min(left).min(if scored { self.limits.scored_tokens } else { u32::MAX });
-            left -= length;
+            let most = left.min(if scored { self.limits.scored_tokens } else { u32::MAX });
+            let length = part_length(sequence.read, sequence.prompt_tokens(), most, self.limits.part_multiple);
+            if length > left && !segments.is_empty() {
+                break;
+            }
+            left = left.saturating_sub(length);
             segments.push(sequence.read_part(id, length, scored));
             if sequence.unread() > 0 {
                 continue;
@@ -383,6 +390,24 @@ impl BatchScheduler {
             }
         }
         deliveries
+    }
+}
+
+/// Tokens of the next part of a prompt of which `read` are read, about `most`; more only where the multiple leaves no choice.
+fn part_length(read: u32, prompt: u32, most: u32, multiple: u32) -> u32 {
+    let unread = prompt - read;
+    if multiple == 1 {
+        return unread.min(most);
+    }
+    if unread <= most.max(multiple) {
+        return unread;
+    }
+    let end = (read + most) / multiple * multiple;
+    let end = if end > read { end } else { read + multiple };
+    match prompt - end {
+        1 if end - read > multiple => end - multiple - read,
+        1 => unread,
+        _ => end - read,
     }
 }
 

@@ -5,7 +5,7 @@ use mlx_cluster_common::{request::TokenOut, sampling::SamplingParams, step::Segm
 use std::collections::BTreeSet;
 
 fn limits(n_stages: u32) -> Limits {
-    Limits { n_stages, context_tokens: 1000, cache_tokens: 4000, prefill_tokens: 64, scored_tokens: 16 }
+    Limits { n_stages, context_tokens: 1000, cache_tokens: 4000, prefill_tokens: 64, scored_tokens: 16, part_multiple: 1 }
 }
 
 fn submission(sequence: u64, prompt: u32, max_tokens: u32) -> Submission {
@@ -217,4 +217,38 @@ fn a_lone_prompt_goes_through_a_pipeline_in_parts_that_keep_all_stages_busy() {
         scheduler.submit(submission(1, 1000, 0));
         assert_eq!(scheduler.next_step().expect("prefill").tokens(), part, "{n_stages} stages");
     }
+}
+
+#[test]
+fn parts_end_at_multiples_and_no_token_is_left_alone() {
+    for (prompt, most) in (1..400).flat_map(|prompt| [1, 50, 64, 100, 128, 512].map(|most| (prompt, most))) {
+        let mut read = 0;
+        while read < prompt {
+            let length = part_length(read, prompt, most, 64);
+            assert!(length > 0 && (length <= most.max(65)), "{length} of {prompt} at {read}, about {most}");
+            assert!(length > 1 || prompt == 1, "a single token of {prompt}");
+            read += length;
+            assert!(read == prompt || read % 64 == 0);
+        }
+        assert_eq!(read, prompt);
+    }
+    assert_eq!(part_length(3, 100, 10, 1), 10);
+}
+
+#[test]
+fn prompts_are_read_in_multiples_whatever_the_pace() {
+    let limits = Limits { prefill_tokens: 512, part_multiple: 64, ..limits(1) };
+    let mut scheduler = BatchScheduler::new(limits);
+    scheduler.pace(30);
+    assert_eq!(scheduler.submit(submission(1, 200, 3)), None);
+    assert_eq!(scheduler.submit(submission(2, 150, 3)), None);
+    let mut read: BTreeMap<SequenceId, u32> = BTreeMap::new();
+    while let Some(step) = scheduler.next_step() {
+        for segment in step.segments.iter().filter(|segment| segment.tokens.len() > 1) {
+            assert_eq!(segment.start % 64, 0);
+            *read.entry(segment.sequence).or_default() += segment.tokens.len() as u32;
+        }
+        scheduler.on_result(answer(&step, 99));
+    }
+    assert_eq!(read.into_values().collect::<Vec<_>>(), [200, 150]);
 }
