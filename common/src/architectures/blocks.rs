@@ -238,6 +238,15 @@ impl<'a> Decoder<'a> {
         RopeSpec::from_config(&self.config, self.source.model_type, self.head_dim, default_theta)
     }
 
+    /// RoPE's theta and scaling: at the top and in `rope_scaling`, or both in the `rope_parameters` of transformers 5.
+    pub(super) fn rope_table(&self, default_theta: f32) -> Result<(f32, Option<Config<'a>>), ConfigError> {
+        let theta = |config: &Config| config.maybe_f32("rope_theta", 1.0, 1e12);
+        let parameters = self.config.object("rope_parameters", "rope_parameters.")?;
+        let nested = parameters.as_ref().map_or(Ok(None), theta)?;
+        let scaling = self.config.object("rope_scaling", "rope_scaling.")?.or(parameters);
+        Ok((theta(&self.config)?.or(nested).unwrap_or(default_theta), scaling))
+    }
+
     /// `{gate,up,down}_proj` under `path`, with SiLU.
     pub(super) fn mlp(&self, path: &str, intermediate_size: u32, bias: bool) -> MlpSpec {
         let linear = |name: &str, input, output| LinearSpec::new(format!("{path}.{name}"), input, output, bias);
@@ -401,6 +410,32 @@ pub(super) fn window_of_type(kind: &str, window: impl FnOnce() -> Result<u32, Co
             key: "layer_types".into(),
             wanted: "full_attention or sliding_attention".into(),
             found: other.into(),
+        }),
+    }
+}
+
+/// The same head under another path.
+pub(super) fn head_under(path: String, head: HeadSpec) -> HeadSpec {
+    match head {
+        HeadSpec::Tied => HeadSpec::Tied,
+        HeadSpec::Linear(linear) => HeadSpec::Linear(LinearSpec { path, ..linear }),
+        HeadSpec::LinearOrTied(linear) => HeadSpec::LinearOrTied(LinearSpec { path, ..linear }),
+    }
+}
+
+/// Each `period`th layer sees all, the others a window.
+pub(super) fn windows_by_period(n_layers: u32, period: u32, window: u32) -> Vec<Option<u32>> {
+    (1..=n_layers).map(|number| (number % period != 0).then_some(window)).collect()
+}
+
+/// Which layers have RoPE, by `no_rope_layers`: a list that has, for all its name, a 1 for those.
+pub(super) fn roped_layers(config: &Config) -> Result<Option<Vec<bool>>, ConfigError> {
+    let Some(listed) = config.u32s("no_rope_layers")? else { return Ok(None) };
+    let n_layers = config.u32("num_hidden_layers", 1, 4096)?;
+    match listed.len() == n_layers as usize {
+        true => Ok(Some(listed.into_iter().map(|entry| entry != 0).collect())),
+        false => Err(ConfigError::Contradiction {
+            message: format!("no_rope_layers has {} entries for num_hidden_layers {n_layers}", listed.len()),
         }),
     }
 }

@@ -16,6 +16,7 @@ pub(super) const ARCHITECTURES: &[Architecture] =
     &[Architecture { model_type: "cohere", group: Group::Other, special: "attention and MLP in parallel, layer norms", read }];
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    source.only_silu()?;
     let decoder = decoder(source)?;
     let config = decoder.config;
     let bias = AttentionBias::all(config.bool_or("attention_bias", false)?);

@@ -2,7 +2,7 @@
 
 use super::{
     Architecture, Group,
-    blocks::{AttentionBias, Source, check_layer_types},
+    blocks::{AttentionBias, Source, check_layer_types, windows_by_period},
     cohere,
 };
 use crate::{
@@ -18,6 +18,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[Architecture {
 }];
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    source.only_silu()?;
     let decoder = cohere::decoder(source)?;
     let config = decoder.config;
     let bias = AttentionBias::all(config.bool_or("attention_bias", false)?);
@@ -25,7 +26,7 @@ fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     let rope = RopeSpec::unscaled(&config, source.model_type, decoder.head_dim, Some(50_000.0), true)?;
     let window = config.maybe_u32("sliding_window", 1, u32::MAX)?.unwrap_or(4096);
     let period = config.maybe_u32("sliding_window_pattern", 1, 4096)?.unwrap_or(4);
-    let windows: Vec<_> = (0..decoder.n_layers).map(|i| ((i + 1) % period != 0).then_some(window)).collect();
+    let windows = windows_by_period(decoder.n_layers, period, window);
     check_layer_types(&config, &windows)?;
     let layers = decoder.layers(|i, path| {
         let mut attention = decoder.attention(&format!("{path}.self_attn"), bias);

@@ -5,26 +5,38 @@ mod blocks;
 mod cohere;
 mod cohere2;
 mod dots1;
+mod ernie4_5;
 mod ernie4_5_moe;
+mod exaone;
+mod exaone4;
 mod exaone_moe;
 mod gemma;
 mod gemma3;
 mod gemma3n;
 mod gemma4;
+mod glm;
 mod glm4_moe;
 mod gpt_oss;
+mod granite;
 mod granitemoe;
+mod helium;
+mod hunyuan_v1_dense;
+mod internlm2;
 mod lfm2;
 mod llama;
+mod llama4_text;
 mod mamba;
 mod mamba2;
 mod mellum;
+mod mimo;
+mod minicpm;
 mod minimax;
 mod ministral3;
 mod mistral3;
 mod mixtral;
 mod mixtures;
 mod olmo2;
+mod olmo3;
 mod olmoe;
 mod phi3;
 mod qwen2;
@@ -34,9 +46,12 @@ mod qwen3_5;
 mod qwen3_moe;
 mod qwen3_next;
 mod qwen_vl;
+mod seed_oss;
+mod smollm3;
 mod starcoder2;
 mod state_spaces;
 mod step3p5;
+mod telechat3;
 mod vision;
 
 use crate::{
@@ -74,25 +89,37 @@ const FILES: &[&[Architecture]] = &[
     cohere::ARCHITECTURES,
     cohere2::ARCHITECTURES,
     dots1::ARCHITECTURES,
+    ernie4_5::ARCHITECTURES,
     ernie4_5_moe::ARCHITECTURES,
+    exaone::ARCHITECTURES,
+    exaone4::ARCHITECTURES,
     exaone_moe::ARCHITECTURES,
     gemma::ARCHITECTURES,
     gemma3::ARCHITECTURES,
     gemma3n::ARCHITECTURES,
     gemma4::ARCHITECTURES,
+    glm::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
+    granite::ARCHITECTURES,
     granitemoe::ARCHITECTURES,
+    helium::ARCHITECTURES,
+    hunyuan_v1_dense::ARCHITECTURES,
+    internlm2::ARCHITECTURES,
     lfm2::ARCHITECTURES,
     llama::ARCHITECTURES,
+    llama4_text::ARCHITECTURES,
     mamba::ARCHITECTURES,
     mamba2::ARCHITECTURES,
     mellum::ARCHITECTURES,
+    mimo::ARCHITECTURES,
+    minicpm::ARCHITECTURES,
     minimax::ARCHITECTURES,
     ministral3::ARCHITECTURES,
     mistral3::ARCHITECTURES,
     mixtral::ARCHITECTURES,
     olmo2::ARCHITECTURES,
+    olmo3::ARCHITECTURES,
     olmoe::ARCHITECTURES,
     phi3::ARCHITECTURES,
     qwen2::ARCHITECTURES,
@@ -102,8 +129,11 @@ const FILES: &[&[Architecture]] = &[
     qwen3_moe::ARCHITECTURES,
     qwen3_next::ARCHITECTURES,
     qwen_vl::ARCHITECTURES,
+    seed_oss::ARCHITECTURES,
+    smollm3::ARCHITECTURES,
     starcoder2::ARCHITECTURES,
     step3p5::ARCHITECTURES,
+    telechat3::ARCHITECTURES,
 ];
 
 /// Every supported architecture, by group and name.

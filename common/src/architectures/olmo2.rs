@@ -13,6 +13,7 @@ pub(super) const ARCHITECTURES: &[Architecture] =
     &[Architecture { model_type: "olmo2", group: Group::Base, special: "norms of outputs, queries and keys normed as a whole", read }];
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    source.only_silu()?;
     let decoder = Decoder::read(source)?;
     let config = decoder.config;
     let bias = AttentionBias::all(config.bool_or("attention_bias", false)?);

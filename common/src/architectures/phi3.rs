@@ -13,6 +13,7 @@ pub(super) const ARCHITECTURES: &[Architecture] =
     &[Architecture { model_type: "phi3", group: Group::Base, special: "fused projections, LongRoPE over a part of the head", read }];
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
+    source.only_silu()?;
     let decoder = Decoder::read(source)?;
     let intermediate_size = decoder.intermediate_size()?;
     let rope = rope(&decoder)?;
@@ -25,12 +26,7 @@ fn read(source: Source) -> Result<ModelSpec, ConfigError> {
 
 fn rope(decoder: &Decoder) -> Result<RopeSpec, ConfigError> {
     let (config, model_type) = (decoder.config, decoder.source.model_type);
-    let scaling = match config.object("rope_scaling", "rope_scaling.")? {
-        Some(scaling) => Some(scaling),
-        None => config.object("rope_parameters", "rope_parameters.")?,
-    };
-    let number = |config: &Config| config.maybe_f32("rope_theta", 1.0, 1e12);
-    let theta = number(&config)?.or(scaling.as_ref().map_or(Ok(None), number)?).unwrap_or(10_000.0);
+    let (theta, scaling) = decoder.rope_table(10_000.0)?;
     let interleaved = config.bool_or("rope_traditional", false)?;
     let dims = rotary_dims(decoder.head_dim, partial_rotary_factor(&config)?.unwrap_or(1.0))?;
     let Some(scaling) = scaling else { return RopeSpec::plain(dims, theta, interleaved) };

@@ -14,6 +14,7 @@ pub(super) const ARCHITECTURES: &[Architecture] =
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     let config = source.config;
+    source.only("hidden_act", &["gelu", "gelu_pytorch_tanh", "gelu_new"])?;
     let norm_eps = config.maybe_f32("norm_epsilon", 0.0, 1.0)?.unwrap_or(1e-5);
     let decoder = Decoder { norm_kind: NormKind::Layer { bias: true }, ..Decoder::read_with_eps(source, norm_eps)? };
     let bias = config.bool_or("use_bias", true)?;

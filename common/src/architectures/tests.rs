@@ -20,6 +20,8 @@ pub(crate) fn tiny(model_type: &str) -> Value {
         "rope_local_base_freq": 10000.0, "altup_num_inputs": 4, "altup_active_idx": 0, "altup_coef_clip": 0.4, "altup_correct_scale": true,
         "laurel_rank": 32, "final_logit_softcapping": null, "activation_sparsity_pattern": [0.9, 0.0, 0.0]}));
     add(json!({"num_heads": 8, "state_size": 16, "n_groups": 2, "conv_kernel": 4, "time_step_rank": "auto", "layer_norm_epsilon": 1e-5}));
+    add(json!({"num_layers": 3, "scale_depth": 1.4, "scale_emb": 12.0, "dim_model_base": 32, "no_rope_layers": [1, 0, 1],
+        "intermediate_size_mlp": 96}));
     add(json!({"norm_eps": 1e-5, "full_attn_idxs": [1], "conv_L_cache": 3, "num_dense_layers": 1}));
     let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
     let rope = json!({"rope_theta": 10000.0});

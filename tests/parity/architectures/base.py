@@ -169,7 +169,8 @@ NORMS_AND_SCALARS = [
                           order_of_interleaved_layers="local_attn_first", position_embedding_type="rope_gptj", attention_bias=False,
                           use_embedding_sharing=True, use_gated_activation=True, use_parallel_block=True), cuts=((1,), *AROUND_FULL)),
     Row("llama4_text", config("llama4_text", head_dim=16, num_hidden_layers=5, intermediate_size_mlp=96, no_rope_layers=[1, 1, 1, 0, 1],
-                              use_qk_norm=True, attention_bias=False), cuts=AROUND_FULL),
+                              use_qk_norm=True, attention_bias=False), cuts=AROUND_FULL,
+        published=renamed(("^output", "lm_head")), mlx_lm_loads=False),
     Row("llama4_text", config("llama4_text", head_dim=16, num_hidden_layers=4, intermediate_size_mlp=96, no_rope_layers=[1, 1, 1, 1],
                               use_qk_norm=False, tie_word_embeddings=True), "tied", quantizes=False),
 ]
@@ -202,7 +203,9 @@ OTHER_NAMES = [
     Row("internlm3", config("internlm3", bias=False, qkv_bias=False, head_dim=16, max_position_embeddings=32,
                             rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "dynamic rope", chunks_matter=True),
     Row("internlm3", config("internlm3", bias=True, qkv_bias=True, head_dim=16), "biases"),
-    Row("glm", config("glm", head_dim=16, attention_bias=True, num_key_value_heads=2), published=inverse_frequencies),
+    # mlx-lm turns the whole head whatever the config says.
+    Row("glm", config("glm", head_dim=16, attention_bias=True, num_key_value_heads=2, partial_rotary_factor=1.0),
+        published=inverse_frequencies),
     Row("hunyuan_v1_dense", config("hunyuan_v1_dense", head_dim=32, use_qk_norm=True, attention_bias=False, tie_word_embeddings=True,
                                    rope_scaling={"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
                                                  "mscale_all_dim": 0.0, "type": "dynamic"}), published=head_repeated),
