@@ -23,7 +23,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
 
 fn read(source: Source, always_normed: bool) -> Result<ModelSpec, ConfigError> {
     let config = source.config;
-    source.only("hidden_act", &["silu"])?;
+    source.only_silu()?;
     // The norms' epsilon is fixed: mlx-lm does not read `layer_norm_epsilon`.
     let decoder = Decoder::without_attention(source, config.u32("num_hidden_layers", 1, 4096)?, DEFAULT_EPS)?;
     let hidden_size = decoder.hidden_size;

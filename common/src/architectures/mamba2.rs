@@ -16,7 +16,7 @@ pub(super) const ARCHITECTURES: &[Architecture] =
 
 fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     let config = source.config;
-    source.only("hidden_act", &["silu"])?;
+    source.only_silu()?;
     if !config.bool_or("rms_norm", true)? {
         return Err(source.unsupported("a mixer without its norm (`rms_norm`)"));
     }

@@ -22,6 +22,7 @@ mod granitemoe;
 mod helium;
 mod hunyuan_v1_dense;
 mod internlm2;
+mod granitemoehybrid;
 mod lfm2;
 mod llama;
 mod llama4_text;
@@ -106,6 +107,7 @@ const FILES: &[&[Architecture]] = &[
     helium::ARCHITECTURES,
     hunyuan_v1_dense::ARCHITECTURES,
     internlm2::ARCHITECTURES,
+    granitemoehybrid::ARCHITECTURES,
     lfm2::ARCHITECTURES,
     llama::ARCHITECTURES,
     llama4_text::ARCHITECTURES,

@@ -23,11 +23,14 @@ pub(crate) fn tiny(model_type: &str) -> Value {
     add(json!({"num_layers": 3, "scale_depth": 1.4, "scale_emb": 12.0, "dim_model_base": 32, "no_rope_layers": [1, 0, 1],
         "intermediate_size_mlp": 96}));
     add(json!({"norm_eps": 1e-5, "full_attn_idxs": [1], "conv_L_cache": 3, "num_dense_layers": 1}));
+    add(json!({"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2,
+        "shared_intermediate_size": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}));
     let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
     let rope = json!({"rope_theta": 10000.0});
     match model_type {
         "dots1" | "glm4_moe" | "solar_open" => add(json!({"norm_topk_prob": true})),
         "exaone_moe" => add(json!({"layer_types": types})),
+        "granitemoehybrid" => add(json!({"layer_types": ["mamba", "attention", "mamba"]})),
         "mellum" => add(json!({"layer_types": types, "rope_parameters": {"full_attention": rope, "sliding_attention": rope}})),
         "qwen3_moe" => add(json!({"norm_topk_prob": true, "mlp_only_layers": [1]})),
         _ => {}
