@@ -19,10 +19,10 @@ mod glm4_moe;
 mod gpt_oss;
 mod granite;
 mod granitemoe;
+mod granitemoehybrid;
 mod helium;
 mod hunyuan_v1_dense;
 mod internlm2;
-mod granitemoehybrid;
 mod lfm2;
 mod llama;
 mod llama4_text;
@@ -104,10 +104,10 @@ const FILES: &[&[Architecture]] = &[
     gpt_oss::ARCHITECTURES,
     granite::ARCHITECTURES,
     granitemoe::ARCHITECTURES,
+    granitemoehybrid::ARCHITECTURES,
     helium::ARCHITECTURES,
     hunyuan_v1_dense::ARCHITECTURES,
     internlm2::ARCHITECTURES,
-    granitemoehybrid::ARCHITECTURES,
     lfm2::ARCHITECTURES,
     llama::ARCHITECTURES,
     llama4_text::ARCHITECTURES,
