@@ -198,7 +198,7 @@ impl After {
             (Some(input), Some(inputs)) => input.forward(h, inputs).map(Some),
             _ => Ok(None),
         };
-        let y = self.join.forwarded(h, forwarded, for_join, layer_input)?;
+        let y = self.join.forwarded(x, h, forwarded, for_join, layer_input)?;
         match &self.output_scale {
             Some(scale) => Ok(ops::multiply(y, scale)?),
             None => Ok(y),

@@ -77,10 +77,11 @@ impl Split {
 }
 
 impl Join {
-    /// The stream after the mixer, `[B, L, D]`.
+    /// The stream after the mixer, `[B, L, D]`; beside a feed-forward, what the mixer gives.
     pub fn mixed(&self, x: &Array, mixed: Option<Array>, beside: &[Array]) -> Result<Array, LmError> {
         match (self, beside, mixed) {
             (Self::Streams(correct), [predicted, laurel], mixed) => correct.mixed(predicted, mixed.as_ref(), laurel),
+            (Self::Parallel, _, mixed) => mixed.ok_or_else(|| LmError::Mlx("a parallel layer needs a mixer".into())),
             (_, _, Some(mixed)) => self.add(x, &mixed),
             (_, _, None) => Ok(x.clone()),
         }
@@ -99,9 +100,11 @@ impl Join {
         }
     }
 
-    /// The stream after the feed-forward and the layer's own input, `[B, L, streams · D]`.
+    /// The stream after the feed-forward and the layer's own input, `[B, L, streams · D]`. `x` is the stream before the layer, `h` what
+    /// `mixed` gave.
     pub fn forwarded(
         &self,
+        x: &Array,
         h: Array,
         forwarded: Option<Array>,
         beside: &[Array],
@@ -111,6 +114,8 @@ impl Join {
             Some(forwarded) => self.add(&h, &forwarded)?,
             None => h,
         };
+        // In this order, as in 16 bits it matters: what the layer gives is small beside the stream.
+        let y = if matches!(self, Self::Parallel) { self.add(&y, x)? } else { y };
         if let (Self::Streams(correct), [predicted, ..]) = (self, beside) {
             return correct.forward(predicted, &y, layer_input);
         }
