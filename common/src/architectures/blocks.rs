@@ -210,6 +210,7 @@ impl<'a> Decoder<'a> {
             window: None,
             sinks: None,
             softcap: None,
+            widens_f16: false,
             gate: None,
         }
     }

@@ -31,6 +31,7 @@ fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     let layers = decoder.layers(|i, path| {
         let mut attention = decoder.attention(&format!("{path}.self_attn"), bias);
         attention.window = windows[i as usize];
+        attention.widens_f16 = true;
         attention.rope = attention.window.map(|_| rope.clone());
         Ok(cohere::parallel_layer(&decoder, path, attention, decoder.mlp(&format!("{path}.mlp"), intermediate_size, false)))
     })?;

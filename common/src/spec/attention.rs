@@ -23,6 +23,8 @@ pub struct AttentionSpec {
     pub sinks: Option<TensorSpec>,
     /// Scores become `softcap · tanh(score / softcap)` (Gemma 2).
     pub softcap: Option<f32>,
+    /// Where the model is in f16, scores and sums are in f32 (Command R7B).
+    pub widens_f16: bool,
     pub gate: Option<AttentionGate>,
 }
 

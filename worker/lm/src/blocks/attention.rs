@@ -239,6 +239,7 @@ pub struct Attend {
     scale: f32,
     window: Option<i32>,
     softcap: Option<f32>,
+    widens_f16: bool,
     sinks: Option<Array>,
 }
 parameters!(Attend: sinks);
@@ -249,6 +250,7 @@ impl Attend {
             scale: spec.scale,
             window: window_of(spec),
             softcap: spec.softcap,
+            widens_f16: spec.widens_f16,
             sinks: spec.sinks.as_ref().map(|sinks| weights.take(&sinks.name)).transpose()?,
         })
     }
@@ -268,10 +270,13 @@ impl Attend {
             Some(window) if held > window => Mask::Array(window_mask(n, held, window)?),
             _ => Mask::Causal,
         };
-        match self.softcap {
-            None => self.fused(queries, &keys, &values, &mask),
-            Some(softcap) => capped(queries, &keys, &values, self.scale, softcap, &mask),
-        }
+        let dtype = queries.dtype();
+        let queries = if self.widens_f16 && dtype == Dtype::Float16 { queries.as_dtype(Dtype::Float32)? } else { queries.clone() };
+        let attended = match self.softcap {
+            None => self.fused(&queries, &keys, &values, &mask),
+            Some(softcap) => capped(&queries, &keys, &values, self.scale, softcap, &mask),
+        };
+        Ok(attended?.as_dtype(dtype)?)
     }
 
     fn fused(&self, queries: &Array, keys: &Array, values: &Array, mask: &Mask) -> Result<Array, LmError> {
