@@ -41,7 +41,7 @@ pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     })?;
     Ok(ModelSpec {
         embedding_scale: factor("embedding_multiplier")?,
-        logits: LogitsSpec { scale: 1.0 / factor("logits_scaling")?, ..LogitsSpec::PLAIN },
+        logits: LogitsSpec { divisor: factor("logits_scaling")?, ..LogitsSpec::PLAIN },
         published: Published::new(published),
         ..decoder.model(layers, true)?
     })

@@ -80,7 +80,7 @@ def quantized(model: nn.Module, weights: Weights, config: dict, quantization: di
     sanitized = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
     model.load_weights(list(sanitized.items()))
     with redirect_stdout(None):
-        model, config = quantize_model(model, config, quantization["group_size"], quantization["bits"])
+        model, config = quantize_model(model, config, quantization["group_size"], quantization["bits"], quantization.get("mode", "affine"))
     return dict(tree_flatten(model.parameters())), config
 
 

@@ -85,4 +85,22 @@ mod tests {
     const SPARSE: Activation = Activation::SparseGeluTanh { std_multiplier: 1.6 };
     const CLIPPED: Activation = Activation::ClippedSwiGlu { alpha: 1.7, limit: 7.0 };
     const CLAMPED: Activation = Activation::ClampedSwiGlu { limit: 7.0 };
+
+    // The numbers are those of mlx-lm's functions.
+    #[test]
+    fn clipped_gates() {
+        let gate = Array::from_slice(&[-9.0f32, -1.0, 0.0, 0.5, 2.0, 6.9, 7.5], &[7]);
+        let up = Array::from_slice(&[3.0f32, -8.0, 0.5, -0.5, 9.0, 1.0, -7.0], &[7]);
+        for (activation, wanted) in [
+            (
+                Activation::ClippedSwiGlu { alpha: 1.702, limit: 7.0 },
+                [-0.000_008, 0.925_225_4, 0.0, 0.175_194_2, 15.485_268_6, 13.799_890_5, -41.999_717_7f32],
+            ),
+            (Activation::ClampedSwiGlu { limit: 2.0 }, [-0.002_221_1, 0.537_882_9, 0.0, -0.155_614_8, 3.523_188_4, 2.0, -4.0]),
+        ] {
+            let found = gated(activation, &gate, &up).expect("activates");
+            assert!(found.all_close(Array::from_slice(&wanted, &[7]), 1e-5, 1e-6, None).expect("compares"), "{activation:?}: {found:?}");
+            assert!(plain(activation, &gate).is_err());
+        }
+    }
 }

@@ -235,3 +235,103 @@ impl ExpertMlp {
 fn scalar(value: f32, like: &Array) -> Result<Array, LmError> {
     Ok(Array::from_f32(value).as_dtype(like.dtype())?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_cluster_common::spec::{LinearSpec, TensorSpec};
+
+    const LOGITS: [f32; 8] = [0.5, -1.0, 2.0, 0.25, 1.5, -0.5, 0.75, 1.25];
+    const BIAS: [f32; 8] = [0.3, 0.9, -0.4, 0.0, -0.6, 0.5, 0.1, -0.2];
+    const GROUPS: RouterGroups = RouterGroups { count: 4, kept: 2, by: GroupScore::SumOfBestTwo };
+
+    fn linear() -> LinearSpec {
+        LinearSpec::new("gate", 8, 8, false)
+    }
+
+    fn sigmoid(top_k: u32) -> RouterSpec {
+        RouterSpec::sigmoid(linear(), top_k, Some(TensorSpec::new("bias", &[8])))
+    }
+
+    /// Experts and weights of a token of this type, whose logits are `LOGITS`.
+    fn route(spec: &RouterSpec, dtype: Dtype) -> (Vec<u32>, Array) {
+        let gate = Array::eye::<f32>(8, None, None).and_then(|gate| gate.as_dtype(dtype)).expect("an identity");
+        let mut weights = Weights::from_arrays([("gate.weight".into(), gate), ("bias".into(), Array::from_slice(&BIAS, &[8]))]);
+        let router = Router::load(&mut weights, spec, &Quantization::default()).expect("loads");
+        let x = Array::from_slice(&LOGITS, &[1, 1, 8]).as_dtype(dtype).expect("casts");
+        let (indices, weights) = router.route(&x).expect("routes");
+        assert_eq!((indices.shape(), weights.shape()), (&[1, 1, spec.top_k as i32][..], &[1, 1, spec.top_k as i32][..]));
+        (indices.as_dtype(Dtype::Uint32).expect("casts").as_slice().to_vec(), weights)
+    }
+
+    /// Sorted by expert.
+    fn routed(spec: &RouterSpec) -> Vec<(u32, f32)> {
+        let (experts, weights) = route(spec, Dtype::Float32);
+        let mut routed: Vec<_> = experts.into_iter().zip(weights.as_slice::<f32>().to_vec()).collect();
+        routed.sort_by_key(|(expert, _)| *expert);
+        routed
+    }
+
+    #[track_caller]
+    fn assert_routed(spec: &RouterSpec, wanted: [(u32, f32); 3]) {
+        let found = routed(spec);
+        let close = |((expert, weight), (wanted, exact)): (&(u32, f32), &(u32, f32))| expert == wanted && (weight - exact).abs() < 1e-6;
+        assert!(found.iter().zip(&wanted).all(close), "{found:?} instead of {wanted:?}");
+    }
+
+    // The numbers are those of mlx-lm's modules for the same logits and bias.
+
+    #[test]
+    fn softmax_before_and_after_picking() {
+        let (all, renormalised) = (RouterSpec::softmax(linear(), 3, false), RouterSpec::softmax(linear(), 3, true));
+        assert_routed(&all, [(2, 0.345_521_3), (4, 0.209_569_2), (7, 0.163_212_7)]);
+        let of_picked = [(2, 0.481_024_3), (4, 0.291_756), (7, 0.227_219_8)];
+        assert_routed(&renormalised, of_picked);
+        assert_routed(&RouterSpec::softmax_of_picked(linear(), 3), of_picked);
+    }
+
+    #[test]
+    fn a_bias_corrects_what_is_picked_and_not_how_it_is_weighed() {
+        let plain = RouterSpec { scale: 2.5, ..sigmoid(3) };
+        assert_routed(&plain, [(0, 1.556_148_3), (1, 0.672_353_6), (5, 0.943_851_7)]);
+        let renormalised = RouterSpec { scale: 1.5, renormalise: Some(0.0), ..sigmoid(3) };
+        assert_routed(&renormalised, [(0, 0.735_801_5), (1, 0.317_912_3), (5, 0.446_286_2)]);
+        let with_eps = RouterSpec { scale: 3.0, renormalise: Some(1e-20), ..sigmoid(3) };
+        assert_routed(&with_eps, [(0, 1.471_602_9), (1, 0.635_824_7), (5, 0.892_572_4)]);
+    }
+
+    #[test]
+    fn experts_of_worse_groups_cannot_be_picked() {
+        let of_sigmoids = RouterSpec { groups: Some(GROUPS), renormalise: Some(0.0), ..sigmoid(3) };
+        assert_routed(&of_sigmoids, [(0, 0.396_324_6), (1, 0.171_237_1), (6, 0.432_438_3)]);
+        let of_softmax = RouterSpec { scores: RouterScores::Softmax, renormalise: Some(1e-20), scale: 2.0, ..of_sigmoids.clone() };
+        assert_routed(&of_softmax, [(0, 0.797_716_7), (1, 0.177_994_7), (6, 1.024_288_5)]);
+        let by_best = RouterGroups { kept: 1, by: GroupScore::Best, ..GROUPS };
+        let single = RouterSpec { groups: Some(by_best), top_k: 2, ..RouterSpec::softmax(linear(), 2, false) };
+        assert_eq!(routed(&single).into_iter().map(|(expert, _)| expert).collect::<Vec<_>>(), [2, 3]);
+        let all_kept = RouterSpec { groups: Some(RouterGroups { kept: 4, ..GROUPS }), ..sigmoid(3) };
+        assert_eq!(routed(&all_kept), routed(&sigmoid(3)));
+    }
+
+    #[test]
+    fn either_end_gives_the_same_experts_and_all_can_be_picked() {
+        for top_k in [1, 3, 8] {
+            let last = RouterSpec::softmax(linear(), top_k, true);
+            let first = RouterSpec { ranking: Ranking::BestFirst, ..last.clone() };
+            assert_eq!(routed(&last).len(), top_k as usize);
+            for ((a, x), (b, y)) in routed(&last).into_iter().zip(routed(&first)) {
+                assert!(a == b && (x - y).abs() < 1e-6, "{top_k}");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_have_the_type_that_is_wanted() {
+        let dtype = |spec: &RouterSpec| route(spec, Dtype::Bfloat16).1.dtype();
+        assert_eq!(dtype(&RouterSpec::softmax(linear(), 2, true)), Dtype::Bfloat16);
+        assert_eq!(dtype(&sigmoid(2)), Dtype::Float32);
+        let rounded = RouterPrecision { logits: true, scores: true, weights: false };
+        assert_eq!(dtype(&RouterSpec { precision: rounded, ..sigmoid(2) }), Dtype::Bfloat16);
+        assert_eq!(dtype(&RouterSpec { precision: RouterPrecision::SCORES, ..RouterSpec::softmax_of_picked(linear(), 2) }), Dtype::Float32);
+    }
+}
