@@ -86,3 +86,24 @@ fn published(spec: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedErr
     }
     published_experts(spec, tensors)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::{read_spec, tiny};
+    use serde_json::json;
+
+    #[test]
+    fn layers_with_experts_are_an_interval() {
+        let routed = |changes: Value| -> Vec<bool> {
+            let mut config = tiny("ernie4_5_moe");
+            config["num_hidden_layers"] = json!(6);
+            config.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+            read_spec(&config).expect("valid").layers.iter().map(|layer| layer.feed_forward.experts().is_some()).collect()
+        };
+        assert_eq!(routed(json!({})), [true; 6]);
+        assert_eq!(routed(json!({"moe_layer_start_index": 1, "moe_layer_end_index": 3})), [false, true, true, true, false, false]);
+        let lists = json!({"moe_layer_start_index": [2, 1], "moe_layer_end_index": [3, 4], "moe_layer_interval": 2});
+        assert_eq!(routed(lists), [false, true, false, true, false, false]);
+    }
+}

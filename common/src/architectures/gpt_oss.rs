@@ -77,3 +77,31 @@ fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError>
     }
     tensors.split_interleaved("mlp.experts.gate_up_proj", ["mlp.experts.gate_proj", "mlp.experts.up_proj"])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::{read_spec, tiny};
+    use serde_json::json;
+
+    #[test]
+    fn windows_alternate_unless_told_otherwise() {
+        let mut config = tiny("gpt_oss");
+        let windows = |config: &serde_json::Value| {
+            read_spec(config).expect("valid").layers.iter().map(|layer| layer.mixer.window()).collect::<Vec<_>>()
+        };
+        assert_eq!(windows(&config), [Some(16), None, Some(16)]);
+        config["layer_types"] = json!(["full_attention", "sliding_attention", "sliding_attention"]);
+        config["sliding_window"] = json!(null);
+        assert_eq!(windows(&config), [None, Some(128), Some(128)]);
+    }
+
+    #[test]
+    fn other_formulas_are_refused() {
+        for (key, value) in [("swiglu_limit", json!(5.0)), ("attention_bias", json!(false)), ("tie_word_embeddings", json!(true))] {
+            let mut config = tiny("gpt_oss");
+            config[key] = value;
+            assert!(matches!(read_spec(&config), Err(ConfigError::Unsupported { .. })), "{key}");
+        }
+    }
+}

@@ -70,3 +70,18 @@ fn routed(decoder: &Decoder, path: &str) -> Result<FeedForward, ConfigError> {
 fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError> {
     tensors.stack_experts("block_sparse_moe.experts", "block_sparse_moe.switch_mlp", &NUMBERED_PROJECTIONS)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::architectures::{read_spec, tiny};
+    use serde_json::json;
+
+    #[test]
+    fn lightning_attention_is_refused() {
+        let mut config = tiny("minimax");
+        config["attn_type_list"] = json!([1, 1, 1]);
+        read_spec(&config).expect("softmax attention");
+        config["attn_type_list"] = json!([0, 1, 1]);
+        assert!(read_spec(&config).expect_err("refused").to_string().contains("lightning"));
+    }
+}

@@ -82,3 +82,34 @@ pub(super) fn published_with_prediction(spec: &ModelSpec, tensors: &mut Tensors)
     tensors.drop_layers_from(spec.n_layers());
     published(spec, tensors)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::{read_spec, tiny};
+    use serde_json::json;
+
+    #[test]
+    fn groups_must_be_equal_and_not_single() {
+        let read = |config: serde_json::Value| groups(&Config::new(&config)?, 8);
+        assert_eq!(read(json!({"topk_group": 4})), Ok(None));
+        let groups = RouterGroups { count: 4, kept: 2, by: GroupScore::SumOfBestTwo };
+        assert_eq!(read(json!({"n_group": 4, "topk_group": 2})), Ok(Some(groups)));
+        for bad in [json!({"n_group": 3, "topk_group": 1}), json!({"n_group": 8, "topk_group": 1}), json!({"n_group": 2, "topk_group": 3})]
+        {
+            assert!(read(bad).is_err());
+        }
+    }
+
+    #[test]
+    fn what_has_no_default_must_be_there() {
+        for key in ["norm_topk_prob", "routed_scaling_factor"] {
+            let mut config = tiny("glm4_moe");
+            config[key] = json!(null);
+            assert_eq!(read_spec(&config), Err(ConfigError::Missing { key: key.into() }));
+            config["model_type"] = json!("exaone_moe");
+            config["layer_types"] = json!(["full_attention", "full_attention", "full_attention"]);
+            read_spec(&config).expect("has defaults");
+        }
+    }
+}

@@ -179,3 +179,55 @@ fn published(spec: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedErr
         false => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::{read_spec, tiny};
+    use serde_json::json;
+
+    /// Heads, window, rotated dimensions, base, and whether RoPE is scaled.
+    type Row = (u32, Option<u32>, u32, f32, bool);
+
+    fn rows(changes: Value) -> Vec<Row> {
+        let mut config = tiny("step3p5");
+        config.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+        let row = |layer: &crate::spec::LayerSpec| {
+            let Mixer::Attention(attention) = &layer.mixer else { panic!("attention") };
+            let rope = attention.rope.clone().expect("rope");
+            (attention.n_heads, attention.window, rope.dims, rope.theta, rope.kind != crate::spec::RopeKind::Default)
+        };
+        read_spec(&config).expect("valid").layers.iter().map(row).collect()
+    }
+
+    #[test]
+    fn lists_tell_layers_apart() {
+        let scaling = json!({"rope_type": "linear", "factor": 4.0});
+        let plain = rows(json!({"rope_scaling": scaling}));
+        let sliding = (4, Some(16), 16, 1e4, true);
+        assert_eq!(plain, [sliding, (4, None, 16, 1e4, true), sliding], "every second layer has a window, RoPE is the same");
+        let told = rows(json!({"rope_scaling": scaling, "layer_types": [FULL, SLIDING, FULL, SLIDING], "yarn_only_types": [FULL],
+            "rope_theta": [1e6, 1e4, 1e5], "partial_rotary_factors": [0.5, 1.0],
+            "attention_other_setting": {"num_attention_heads": 6, "num_attention_groups": 2}}));
+        assert_eq!(told, [(4, None, 8, 1e6, true), (6, Some(16), 16, 1e4, false), (4, None, 16, 1e5, true)]);
+    }
+
+    #[test]
+    fn limits_are_of_single_layers() {
+        let mut config = tiny("step3p5");
+        config["moe_layers_enum"] = json!("1, 2");
+        config["swiglu_limits"] = json!([9.0, 0.0, 7.0]);
+        config["swiglu_limits_shared"] = json!([5.0, 3.0]);
+        let spec = read_spec(&config).expect("valid");
+        let clamped = |limit| Activation::ClampedSwiGlu { limit };
+        let FeedForward::Mlp(dense) = &spec.layers[0].feed_forward else { panic!("dense") };
+        assert_eq!(dense.activation, clamped(5.0));
+        let routed = |i: usize| {
+            let moe = spec.layers[i].feed_forward.experts().expect("experts");
+            (moe.experts.activation, moe.shared.as_ref().expect("shared").mlp.activation)
+        };
+        assert_eq!([routed(1), routed(2)], [(Activation::Silu, clamped(3.0)), (clamped(7.0), Activation::Silu)]);
+        config["moe_layers_enum"] = json!("1;2");
+        assert!(read_spec(&config).expect_err("no list").to_string().contains("moe_layers_enum"));
+    }
+}
