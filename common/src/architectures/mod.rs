@@ -10,6 +10,7 @@ mod ernie4_5_moe;
 mod exaone;
 mod exaone4;
 mod exaone_moe;
+mod falcon_h1;
 mod gemma;
 mod gemma3;
 mod gemma3n;
@@ -23,6 +24,7 @@ mod granitemoehybrid;
 mod helium;
 mod hunyuan_v1_dense;
 mod internlm2;
+mod jamba;
 mod lfm2;
 mod llama;
 mod llama4_text;
@@ -36,10 +38,12 @@ mod ministral3;
 mod mistral3;
 mod mixtral;
 mod mixtures;
+mod nemotron_h;
 mod olmo2;
 mod olmo3;
 mod olmoe;
 mod phi3;
+mod plamo2;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
@@ -95,6 +99,7 @@ const FILES: &[&[Architecture]] = &[
     exaone::ARCHITECTURES,
     exaone4::ARCHITECTURES,
     exaone_moe::ARCHITECTURES,
+    falcon_h1::ARCHITECTURES,
     gemma::ARCHITECTURES,
     gemma3::ARCHITECTURES,
     gemma3n::ARCHITECTURES,
@@ -108,6 +113,7 @@ const FILES: &[&[Architecture]] = &[
     helium::ARCHITECTURES,
     hunyuan_v1_dense::ARCHITECTURES,
     internlm2::ARCHITECTURES,
+    jamba::ARCHITECTURES,
     lfm2::ARCHITECTURES,
     llama::ARCHITECTURES,
     llama4_text::ARCHITECTURES,
@@ -120,10 +126,12 @@ const FILES: &[&[Architecture]] = &[
     ministral3::ARCHITECTURES,
     mistral3::ARCHITECTURES,
     mixtral::ARCHITECTURES,
+    nemotron_h::ARCHITECTURES,
     olmo2::ARCHITECTURES,
     olmo3::ARCHITECTURES,
     olmoe::ARCHITECTURES,
     phi3::ARCHITECTURES,
+    plamo2::ARCHITECTURES,
     qwen2::ARCHITECTURES,
     qwen2_moe::ARCHITECTURES,
     qwen3::ARCHITECTURES,

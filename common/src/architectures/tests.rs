@@ -24,14 +24,18 @@ pub(crate) fn tiny(model_type: &str) -> Value {
         "intermediate_size_mlp": 96}));
     add(json!({"norm_eps": 1e-5, "full_attn_idxs": [1], "conv_L_cache": 3, "num_dense_layers": 1}));
     add(json!({"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2,
-        "shared_intermediate_size": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}));
+        "shared_intermediate_size": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "moe_shared_expert_intermediate_size": 32}));
     let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
     let rope = json!({"rope_theta": 10000.0});
     match model_type {
         "dots1" | "glm4_moe" | "solar_open" => add(json!({"norm_topk_prob": true})),
         "exaone_moe" => add(json!({"layer_types": types})),
         "granitemoehybrid" => add(json!({"layer_types": ["mamba", "attention", "mamba"]})),
+        "jamba" => add(json!({"sliding_window": null})),
         "mellum" => add(json!({"layer_types": types, "rope_parameters": {"full_attention": rope, "sliding_attention": rope}})),
+        "nemotron_h" => add(json!({"hybrid_override_pattern": "M*E", "norm_topk_prob": true})),
+        "plamo2" => add(json!({"hidden_size_per_head": 16})),
         "qwen3_moe" => add(json!({"norm_topk_prob": true, "mlp_only_layers": [1]})),
         _ => {}
     }
