@@ -55,3 +55,33 @@ fn windows(config: &Config, n_layers: u32) -> Result<Option<Vec<Option<u32>>>, C
     check_layer_types(config, &windows)?;
     Ok(Some(windows))
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        architectures::{read_spec, tiny},
+        spec::{Mixer, ModelSpec},
+    };
+    use serde_json::{Value, json};
+
+    /// Window and whether there is RoPE, of each layer.
+    fn attentions(spec: &ModelSpec) -> Vec<(Option<u32>, bool)> {
+        let attention = |mixer: &Mixer| match mixer {
+            Mixer::Attention(attention) => (attention.window, attention.rope.is_some()),
+            other => panic!("{other:?}"),
+        };
+        spec.layers.iter().map(|layer| attention(&layer.mixer)).collect()
+    }
+
+    #[test]
+    fn layers_without_a_window_have_positions_only_where_no_layer_has_one() {
+        let mut config = tiny("exaone4");
+        config["sliding_window_pattern"] = json!("LG");
+        let spec = read_spec(&config).expect("valid");
+        assert_eq!(attentions(&spec), [(Some(16), true), (None, false), (Some(16), true)]);
+        config["layer_types"] = json!(["full_attention", "full_attention", "full_attention"]);
+        assert!(read_spec(&config).expect_err("a contradiction").to_string().contains("layer_types"));
+        config["sliding_window"] = Value::Null;
+        assert_eq!(attentions(&read_spec(&config).expect("valid")), [(None, true); 3]);
+    }
+}

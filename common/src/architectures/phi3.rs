@@ -42,3 +42,44 @@ fn rope(decoder: &Decoder) -> Result<RopeSpec, ConfigError> {
         other => Err(decoder.source.unsupported(format!("RoPE scaling of type `{other}`"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        architectures::{read_spec, tiny},
+        config::ConfigError,
+        spec::{Mixer, RopeKind, RopeSpec},
+    };
+    use serde_json::{Value, json};
+
+    fn rope(entries: &[(&str, Value)]) -> Result<RopeSpec, ConfigError> {
+        let mut config = tiny("phi3");
+        config["rope_parameters"] = Value::Null;
+        entries.iter().for_each(|(key, value)| config[*key] = value.clone());
+        let spec = read_spec(&config)?;
+        let Mixer::Attention(attention) = &spec.layers[0].mixer else { panic!("attention") };
+        Ok(attention.rope.clone().expect("RoPE"))
+    }
+
+    #[test]
+    fn the_original_length_stands_beside_the_scaling_or_in_it() {
+        let scaling = json!({"type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 2.0, 4.0, 8.0]});
+        let beside = rope(&[("rope_scaling", scaling.clone()), ("original_max_position_embeddings", json!(64))]).expect("valid");
+        let RopeKind::LongRope { original_context: 64, max_position_embeddings: 4096, factors } = &beside.kind else {
+            panic!("{beside:?}")
+        };
+        assert_eq!((beside.dims, factors.len()), (8, 4));
+
+        let mut parameters = scaling;
+        parameters["rope_theta"] = json!(10000.0);
+        parameters["original_max_position_embeddings"] = json!(64);
+        assert_eq!(rope(&[("rope_parameters", parameters)]), Ok(beside));
+    }
+
+    #[test]
+    fn scaling_that_would_be_lost_is_refused() {
+        assert_eq!(rope(&[]).expect("valid").kind, RopeKind::Default);
+        let yarn = json!({"type": "yarn", "factor": 4.0});
+        assert!(rope(&[("rope_scaling", yarn)]).expect_err("refused").to_string().contains("`yarn`"));
+    }
+}
