@@ -184,8 +184,11 @@ impl<'a> Text<'a> {
     }
 
     fn layer_inputs(&self, path: &str) -> Result<Option<LayerInputsSpec>, ConfigError> {
+        if self.layer_input_dims == 0 {
+            return Ok(None);
+        }
         let vocab_size = self.decoder.config.maybe_u32("vocab_size_per_layer_input", 1, 1 << 24)?.unwrap_or(262_144);
-        Ok((self.layer_input_dims > 0).then(|| layer_inputs(&self.decoder, path, self.layer_input_dims, vocab_size)))
+        Ok(Some(layer_inputs(&self.decoder, path, self.layer_input_dims, vocab_size)))
     }
 }
 
@@ -246,4 +249,51 @@ fn published_wrapper(spec: &ModelSpec, tensors: &mut Tensors) -> Result<(), Publ
     });
     tensors.rename_prefix("model.language_model.", "language_model.model.")?;
     published(spec, tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::read_spec;
+    use serde_json::json;
+
+    fn attention(spec: &ModelSpec, layer: usize) -> &AttentionSpec {
+        let Mixer::Attention(attention) = &spec.layers[layer].mixer else { panic!("attention") };
+        attention
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_smallest_model() {
+        let spec = read_spec(&json!({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})).expect("defaults");
+        let window = |layer: usize| spec.layers[layer].mixer.window();
+        assert_eq!((spec.n_layers(), window(3), window(4), window(34)), (35, Some(512), None, None));
+        let sources: Vec<_> = spec.layers.iter().map(|layer| layer.mixer.source_layer()).collect();
+        assert_eq!((sources[14], sources[15], sources[19], sources[34]), (None, Some(13), Some(14), Some(14)));
+        let (local, global) = (attention(&spec, 0), attention(&spec, 4));
+        assert_eq!((local.head_dim, global.head_dim), (256, 512));
+        let kind = RopeKind::Proportional { rotated_dims: 128, factor: 1.0 };
+        assert_eq!(global.rope, Some(RopeSpec { dims: 512, interleaved: false, theta: 1e6, kind }));
+        let FeedForward::Mlp(mlp) = &spec.layers[15].feed_forward else { panic!("an MLP") };
+        assert_eq!(mlp.down.input_dims, 2 * 6144);
+        assert_eq!(spec.layer_inputs.map(|inputs| inputs.embedding.dims), Some(35 * 256));
+    }
+
+    #[test]
+    fn keys_are_values_on_global_layers_only() {
+        let text = json!({"num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1,
+            "num_kv_shared_layers": 0, "attention_k_eq_v": true, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+            "sliding_window_pattern": 6, "use_bidirectional_attention": "vision", "final_logit_softcapping": null});
+        let spec = read_spec(&json!({"model_type": "gemma4_unified", "text_config": text})).expect("valid");
+        let (local, global) = (attention(&spec, 0), attention(&spec, 5));
+        assert!(matches!(local.projections, Projections::Separate { .. }) && local.n_kv_heads == 8);
+        assert!(matches!(global.projections, Projections::KeyIsValue { .. }) && global.n_kv_heads == 1);
+        assert_eq!((spec.layer_inputs, spec.logits.softcap), (None, None));
+    }
+
+    #[test]
+    fn a_layer_without_a_source_is_named() {
+        let text = json!({"num_hidden_layers": 4, "num_kv_shared_layers": 3, "sliding_window_pattern": 4});
+        let message = read_spec(&json!({"model_type": "gemma4", "text_config": text})).expect_err("no global one").to_string();
+        assert!(message.contains("layer 3"), "{message}");
+    }
 }

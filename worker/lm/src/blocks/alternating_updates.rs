@@ -9,7 +9,7 @@ use std::f32::consts::FRAC_1_SQRT_2;
 
 /// Before a layer: guesses the streams after it.
 #[derive(Debug, Clone)]
-pub struct Predict {
+pub(super) struct Predict {
     modalities: Modalities,
     /// `[n², n]`, f32.
     coefficients: Array,
@@ -19,7 +19,7 @@ parameters!(Predict: modalities, coefficients, laurel);
 
 /// After a layer: mends the guess by what the layer has made of the active stream.
 #[derive(Debug, Clone)]
-pub struct Correct {
+pub(super) struct Correct {
     modalities: Modalities,
     /// `[n, n]`, f32.
     coefficients: Array,
@@ -27,7 +27,11 @@ pub struct Correct {
 }
 parameters!(Correct: modalities, coefficients, output_scale);
 
-pub fn load(weights: &mut Weights, spec: &AlternatingUpdatesSpec, quantization: &Quantization) -> Result<(Predict, Correct), LmError> {
+pub(super) fn load(
+    weights: &mut Weights,
+    spec: &AlternatingUpdatesSpec,
+    quantization: &Quantization,
+) -> Result<(Predict, Correct), LmError> {
     let modalities = Modalities {
         norm: Norm::load(weights, &spec.router_norm)?,
         router: Linear::load(weights, &spec.modality_router, quantization)?,
@@ -58,7 +62,7 @@ fn coefficients(weights: &mut Weights, spec: &LinearSpec, clip: Option<f32>) -> 
 
 impl Predict {
     /// `[B, L, n · D] -> [B, L, n · D]`: each stream plus a mixture of all.
-    pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
+    pub(super) fn forward(&self, x: &Array) -> Result<Array, LmError> {
         let Modalities { n, .. } = self.modalities;
         let (batch, length) = (x.dim(0), x.dim(1));
         let modalities = self.modalities.forward(&self.active(x)?)?;
@@ -69,12 +73,12 @@ impl Predict {
     }
 
     /// The stream that the layer works on, `[B, L, D]`.
-    pub fn active(&self, streams: &Array) -> Result<Array, LmError> {
+    pub(super) fn active(&self, streams: &Array) -> Result<Array, LmError> {
         self.modalities.active(streams)
     }
 
     /// A low-rank path around the mixer: `x + norm(right(left(x)))`.
-    pub fn laurel(&self, normed: &Array) -> Result<Array, LmError> {
+    pub(super) fn laurel(&self, normed: &Array) -> Result<Array, LmError> {
         let Laurel { left, right, norm } = &self.laurel;
         Ok(ops::add(normed, norm.forward(&right.forward(&left.forward(normed)?)?)?)?)
     }
@@ -82,7 +86,7 @@ impl Predict {
 
 impl Correct {
     /// The active stream after the mixer, `[B, L, D]`.
-    pub fn mixed(&self, predicted: &Array, mixed: Option<&Array>, laurel: &Array) -> Result<Array, LmError> {
+    pub(super) fn mixed(&self, predicted: &Array, mixed: Option<&Array>, laurel: &Array) -> Result<Array, LmError> {
         let active = self.modalities.active(predicted)?;
         let gated = mixed.map_or(Ok(active.clone()), |mixed| ops::add(&active, mixed))?;
         let sum = ops::add(gated, laurel)?;
@@ -91,7 +95,7 @@ impl Correct {
 
     /// All streams after the layer, `[B, L, n · D]`. `activated` `[B, L, D]` is what it has made of the active one; `layer_input` is given
     /// that stream corrected, and what it gives is added to all streams but the first.
-    pub fn forward(
+    pub(super) fn forward(
         &self,
         predicted: &Array,
         activated: &Array,

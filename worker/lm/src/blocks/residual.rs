@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype, ops};
 
 /// Before the mixer: what of the stream the layer works on, and what it keeps for the end.
 #[derive(Debug, Clone)]
-pub enum Split {
+pub(super) enum Split {
     Plain,
     /// The normed stream goes past the mixer to the feed-forward.
     Parallel,
@@ -16,15 +16,15 @@ pub enum Split {
 }
 
 /// The stream that a layer works on.
-pub struct Active {
-    pub stream: Array,
+pub(super) struct Active {
+    pub(super) stream: Array,
     /// What `Split` has computed on the way.
-    pub kept: Vec<Array>,
+    pub(super) kept: Vec<Array>,
 }
 
 /// After the mixer.
 #[derive(Debug, Clone)]
-pub enum Join {
+pub(super) enum Join {
     Serial { multiplier: f32 },
     SerialClipped,
     Parallel,
@@ -45,7 +45,7 @@ pub(super) fn load(weights: &mut Weights, spec: &Residual, quantization: &Quanti
 
 impl Split {
     /// How many arrays `beside` gives.
-    pub fn arity(&self) -> usize {
+    pub(super) fn arity(&self) -> usize {
         match self {
             Self::Plain => 0,
             Self::Parallel => 1,
@@ -54,7 +54,7 @@ impl Split {
     }
 
     /// `x` `[B, L, streams · D]`.
-    pub fn active(&self, x: &Array) -> Result<Active, LmError> {
+    pub(super) fn active(&self, x: &Array) -> Result<Active, LmError> {
         match self {
             Self::Plain | Self::Parallel => Ok(Active { stream: x.clone(), kept: Vec::new() }),
             Self::Streams(predict) => {
@@ -65,7 +65,7 @@ impl Split {
     }
 
     /// What goes past the mixer to `Join`.
-    pub fn beside(&self, active: Active, normed: &Array) -> Result<Vec<Array>, LmError> {
+    pub(super) fn beside(&self, active: Active, normed: &Array) -> Result<Vec<Array>, LmError> {
         let mut beside = active.kept;
         match self {
             Self::Plain => {}
@@ -78,7 +78,7 @@ impl Split {
 
 impl Join {
     /// The stream after the mixer, `[B, L, D]`; beside a feed-forward, what the mixer gives.
-    pub fn mixed(&self, x: &Array, mixed: Option<Array>, beside: &[Array]) -> Result<Array, LmError> {
+    pub(super) fn mixed(&self, x: &Array, mixed: Option<Array>, beside: &[Array]) -> Result<Array, LmError> {
         match (self, beside, mixed) {
             (Self::Streams(correct), [predicted, laurel], mixed) => correct.mixed(predicted, mixed.as_ref(), laurel),
             (Self::Parallel, _, mixed) => mixed.ok_or_else(|| LmError::Mlx("a parallel layer needs a mixer".into())),
@@ -88,7 +88,7 @@ impl Join {
     }
 
     /// What the feed-forward sees.
-    pub fn feed_forward_input(
+    pub(super) fn feed_forward_input(
         &self,
         h: &Array,
         beside: &[Array],
@@ -102,7 +102,7 @@ impl Join {
 
     /// The stream after the feed-forward and the layer's own input, `[B, L, streams · D]`. `x` is the stream before the layer, `h` what
     /// `mixed` gave.
-    pub fn forwarded(
+    pub(super) fn forwarded(
         &self,
         x: &Array,
         h: Array,
