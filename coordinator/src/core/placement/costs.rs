@@ -5,7 +5,7 @@ use mlx_cluster_common::{
     spec::{ExpertInputs, LayerSpec, ModelSpec, Part, Weight},
     weights::WeightMap,
 };
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 /// Tokens of the largest step that the working memory is reckoned for.
 const CHUNK_TOKENS: u64 = 512;
@@ -20,6 +20,8 @@ const SEQUENCES: u64 = 16;
 pub(super) struct Costs {
     layer_weights: Vec<u64>,
     layer_cache: Vec<u64>,
+    /// For each layer the one whose cache it reads; a stage keeps a copy of those of earlier stages.
+    cache_sources: Vec<Option<u32>>,
     /// What a sequence takes however long it is.
     layer_state: Vec<u64>,
     /// Weight bytes that are read to decode one token: of the experts, only those chosen.
@@ -54,10 +56,12 @@ impl Costs {
         let embedding = map.part_bytes(Part::Embedding);
         let head = map.part_bytes(Part::Head);
         let activations = (0..spec.n_layers()).map(|layer| activation_elements(spec, layer)).max().unwrap_or(0);
-        let activations = activations + 6 * u64::from(spec.hidden_size) * u64::from(spec.n_streams());
+        let layer_inputs = spec.layer_inputs.as_ref().map_or(0, |inputs| u64::from(inputs.dims) * u64::from(spec.n_layers()));
+        let activations = activations + 6 * u64::from(spec.hidden_size) * u64::from(spec.n_streams()) + 2 * layer_inputs;
         Self {
             layer_weights,
             layer_cache,
+            cache_sources: spec.layers.iter().map(|layer| layer.mixer.source_layer()).collect(),
             layer_state,
             layer_read,
             n_layers: spec.n_layers(),
@@ -79,7 +83,10 @@ impl Costs {
     }
 
     pub(super) fn cache_per_token(&self, layers: &Range<u32>) -> u64 {
-        between(&self.layer_cache, layers)
+        let readers = self.cache_sources.get(layers.start as usize..layers.end as usize).unwrap_or_default();
+        let copied: BTreeSet<u32> = readers.iter().flatten().copied().filter(|source| *source < layers.start).collect();
+        let copies: u64 = copied.into_iter().map(|source| between(&self.layer_cache, &(source..source + 1))).sum();
+        between(&self.layer_cache, layers) + copies
     }
 
     /// Activations of a chunk of 512 tokens or, where more, what making a parameter needs while loading; and a fixed part.

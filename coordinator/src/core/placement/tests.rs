@@ -5,7 +5,7 @@ use mlx_cluster_common::{
     architectures::read_spec,
     dtype::DType,
     ids::NodeId,
-    spec::Weight,
+    spec::{NormKind, Weight},
     weights::{TensorEntry, WeightIndex},
 };
 use proptest::{
@@ -16,11 +16,14 @@ use serde_json::json;
 
 /// A llama with `n_layers` layers, in f32, and its weights.
 pub(crate) fn model(n_layers: u32, hidden: u32, tied: bool) -> (ModelSpec, WeightMap) {
-    let spec =
-        read_spec(&json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": n_layers, "intermediate_size": 2 * hidden,
+    model_of(&json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": n_layers, "intermediate_size": 2 * hidden,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 1024, "tie_word_embeddings": tied,
         "max_position_embeddings": 8192}))
-        .expect("a valid config");
+}
+
+/// The model of a config, and its weights in f32.
+fn model_of(config: &serde_json::Value) -> (ModelSpec, WeightMap) {
+    let spec = read_spec(config).expect("a valid config");
     let mut index = WeightIndex::default();
     let mut add = |name: String, shape: Vec<u64>| {
         let bytes = shape.iter().product::<u64>() * 4;
@@ -29,10 +32,12 @@ pub(crate) fn model(n_layers: u32, hidden: u32, tied: bool) -> (ModelSpec, Weigh
     for weight in spec.parts().into_iter().flat_map(|part| spec.weights(part)) {
         let name = format!("{}.weight", weight.path());
         match weight {
+            Weight::Norm(norm) if norm.kind == NormKind::RmsUnweighted => {}
             Weight::Norm(norm) => add(name, vec![norm.dims.into()]),
+            Weight::Tensor(tensor) => add(tensor.name.clone(), tensor.shape.iter().map(|dim| u64::from(*dim)).collect()),
             Weight::Embedding(embedding) => add(name, vec![embedding.vocab_size.into(), embedding.dims.into()]),
             Weight::Linear(linear) => add(name, vec![linear.output_dims.into(), linear.input_dims.into()]),
-            _ => unreachable!("a llama has no others"),
+            _ => unreachable!("these models have no others"),
         }
     }
     let map = WeightMap::assign(&spec, &index).expect("complete");
@@ -167,4 +172,18 @@ proptest! {
             prop_assert!(context.is_none_or(|context| context == plan.context_tokens));
         }
     }
+}
+
+#[test]
+fn a_stage_pays_for_copies_of_caches_that_it_reads() {
+    let (spec, map) = model_of(&json!({"model_type": "gemma4_text", "hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 3,
+        "sliding_window_pattern": 3, "hidden_size_per_layer_input": 32, "vocab_size": 128, "vocab_size_per_layer_input": 128}));
+    let costs = Costs::new(&spec, &map);
+    // Keys and values in f32 of a local layer, and of a global one.
+    let (local, global) = (2 * 32 * 4, 2 * 64 * 4);
+    let per_token = |layers: Range<u32>| costs.cache_per_token(&layers);
+    assert_eq!(per_token(0..6), 2 * local + global);
+    assert_eq!((per_token(0..2), per_token(2..6)), (2 * local, global + local));
+    assert_eq!((per_token(3..5), per_token(5..6)), (local, global));
 }
