@@ -1,12 +1,17 @@
 //! Mistral Small 3.1 and later, Pixtral and LLaVA: the language model of each.
 
-use super::{Architecture, Group, blocks::Source, llama, ministral3, vision::language_model};
+use super::{Architecture, Group, blocks::Source, llama, ministral3, mistral4, vision::language_model};
 use crate::{config::ConfigError, spec::ModelSpec};
 use serde_json::{Map, Value, json};
 
 pub(super) const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "llava", group: Group::Base, special: "text of LLaVA: as llama", read: read_llava },
-    Architecture { model_type: "mistral3", group: Group::Base, special: "text of Mistral: as llama or ministral3", read: read_mistral },
+    Architecture {
+        model_type: "mistral3",
+        group: Group::Base,
+        special: "text of Mistral: as llama, ministral3 or mistral4",
+        read: read_mistral,
+    },
     Architecture { model_type: "pixtral", group: Group::Base, special: "text of Pixtral: as llama", read: read_mistral },
 ];
 
@@ -27,6 +32,7 @@ fn read(source: Source, kind: &str) -> Result<ModelSpec, ConfigError> {
         match kind {
             "llama" | "mistral" => llama::read(source),
             "ministral3" => ministral3::read(source),
+            "mistral4" => mistral4::read(source),
             other => Err(source.unsupported(format!("a language model of type `{other}`"))),
         }
     })

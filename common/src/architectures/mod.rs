@@ -4,6 +4,10 @@ mod bailing_moe;
 mod blocks;
 mod cohere;
 mod cohere2;
+mod deepseek_v2;
+mod deepseek_v3;
+mod deepseek_v32;
+mod dense_then_routed;
 mod dots1;
 mod ernie4_5;
 mod ernie4_5_moe;
@@ -17,6 +21,7 @@ mod gemma3n;
 mod gemma4;
 mod glm;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
 mod granitemoe;
@@ -25,6 +30,7 @@ mod helium;
 mod hunyuan_v1_dense;
 mod internlm2;
 mod jamba;
+mod latent;
 mod lfm2;
 mod llama;
 mod llama4_text;
@@ -33,9 +39,11 @@ mod mamba2;
 mod mellum;
 mod mimo;
 mod minicpm;
+mod minicpm3;
 mod minimax;
 mod ministral3;
 mod mistral3;
+mod mistral4;
 mod mixtral;
 mod mixtures;
 mod nemotron_h;
@@ -58,6 +66,7 @@ mod state_spaces;
 mod step3p5;
 mod telechat3;
 mod vision;
+mod youtu_llm;
 
 use crate::{
     config::{Config, ConfigError},
@@ -93,6 +102,9 @@ const FILES: &[&[Architecture]] = &[
     bailing_moe::ARCHITECTURES,
     cohere::ARCHITECTURES,
     cohere2::ARCHITECTURES,
+    deepseek_v2::ARCHITECTURES,
+    deepseek_v3::ARCHITECTURES,
+    deepseek_v32::ARCHITECTURES,
     dots1::ARCHITECTURES,
     ernie4_5::ARCHITECTURES,
     ernie4_5_moe::ARCHITECTURES,
@@ -106,6 +118,7 @@ const FILES: &[&[Architecture]] = &[
     gemma4::ARCHITECTURES,
     glm::ARCHITECTURES,
     glm4_moe::ARCHITECTURES,
+    glm4_moe_lite::ARCHITECTURES,
     gpt_oss::ARCHITECTURES,
     granite::ARCHITECTURES,
     granitemoe::ARCHITECTURES,
@@ -122,9 +135,11 @@ const FILES: &[&[Architecture]] = &[
     mellum::ARCHITECTURES,
     mimo::ARCHITECTURES,
     minicpm::ARCHITECTURES,
+    minicpm3::ARCHITECTURES,
     minimax::ARCHITECTURES,
     ministral3::ARCHITECTURES,
     mistral3::ARCHITECTURES,
+    mistral4::ARCHITECTURES,
     mixtral::ARCHITECTURES,
     nemotron_h::ARCHITECTURES,
     olmo2::ARCHITECTURES,
@@ -144,6 +159,7 @@ const FILES: &[&[Architecture]] = &[
     starcoder2::ARCHITECTURES,
     step3p5::ARCHITECTURES,
     telechat3::ARCHITECTURES,
+    youtu_llm::ARCHITECTURES,
 ];
 
 /// Every supported architecture, by group and name.

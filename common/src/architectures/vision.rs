@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Components of names that are of no use for text.
-const TOWERS: [&str; 4] = ["visual", "vision_tower", "multi_modal_projector", "vision_model"];
+const TOWERS: [&str; 5] = ["visual", "vision_tower", "multi_modal_projector", "mm_projector", "vision_model"];
 
 /// The language model of a wrapper, read by `read` from `text_config` or, where there is none, from the top.
 pub(super) fn language_model(

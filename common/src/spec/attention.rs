@@ -134,7 +134,13 @@ pub enum LatentUp {
     Expanded(LinearSpec),
     /// The latent vector is cached; at decode queries go to it through `embed_query`, and attention's output comes back through
     /// `unembed_output`.
-    Absorbed { embed_query: HeadLinearSpec, unembed_output: HeadLinearSpec },
+    Absorbed {
+        embed_query: HeadLinearSpec,
+        unembed_output: HeadLinearSpec,
+        /// When several tokens are read at once, keys are put together of their two parts, for one attention over both. Without, the
+        /// scores of the part with the position are added to those of the other.
+        joined_keys: bool,
+    },
 }
 
 /// Picks the `top_k` tokens that a query attends to (DeepSeek-V3.2).
@@ -196,12 +202,20 @@ impl LatentAttentionSpec {
         out.extend([Weight::Linear(&self.down), Weight::Norm(&self.latent_norm)]);
         match &self.up {
             LatentUp::Expanded(linear) => out.push(Weight::Linear(linear)),
-            LatentUp::Absorbed { embed_query, unembed_output } => out.extend([embed_query, unembed_output].map(Weight::HeadLinear)),
+            LatentUp::Absorbed { embed_query, unembed_output, .. } => out.extend([embed_query, unembed_output].map(Weight::HeadLinear)),
         }
         out.push(Weight::Linear(&self.output));
         if let Some(indexer) = &self.indexer {
             out.extend([&indexer.query, &indexer.key, &indexer.weights].map(Weight::Linear));
             out.push(Weight::Norm(&indexer.key_norm));
+        }
+    }
+
+    /// Width of what an indexer's queries are made of.
+    pub fn query_rank(&self) -> Option<u32> {
+        match &self.query {
+            LatentQuery::Direct(_) => None,
+            LatentQuery::LowRank { up, .. } => Some(up.input_dims),
         }
     }
 

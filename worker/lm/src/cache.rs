@@ -57,13 +57,15 @@ pub struct RecurrentState {
     pub arrays: Vec<Array>,
 }
 
-/// Keys `[1, kv_heads, capacity, key_dim]` and values `[1, kv_heads, capacity, value_dim]` of consecutive tokens.
+/// Keys `[1, kv_heads, capacity, key_dim]` and values `[1, kv_heads, capacity, value_dim]` of consecutive tokens, or any other number of
+/// arrays `[1, heads, capacity, dim]` that grow together.
 ///
 /// With a window, tokens that no later one sees are dropped when room is needed: what is held stays in the order of time and below
 /// `window + GROWTH` tokens plus those of one step.
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
-    buffers: Option<(Array, Array)>,
+    /// None before the first token.
+    buffers: Vec<Array>,
     /// Position of the first token held.
     start: i32,
     /// Position after the last token held.
@@ -84,33 +86,46 @@ impl KvCache {
 
     /// Appends `keys` and `values` `[1, kv_heads, n, dim]` and gives back those that the new tokens see.
     pub fn append(&mut self, keys: &Array, values: &Array) -> Result<(Array, Array), LmError> {
-        let n = keys.dim(2);
-        let (old_keys, old_values) = match self.buffers.take() {
-            Some(buffers) => self.make_room(buffers, n)?,
-            None => (room(keys, n)?, room(values, n)?),
+        let [keys, values] = self.append_all([keys, values])?;
+        Ok((keys, values))
+    }
+
+    /// The same for as many arrays `[1, heads, n, dim]` as the cache has held from its first token on.
+    pub fn append_all<const N: usize>(&mut self, new: [&Array; N]) -> Result<[Array; N], LmError> {
+        let n = new.first().map_or(0, |array| array.dim(2));
+        let old = match std::mem::take(&mut self.buffers) {
+            buffers if buffers.is_empty() => new.iter().map(|array| room(array, n)).collect::<Result<_, _>>()?,
+            buffers => self.make_room(buffers, n)?,
         };
+        if old.len() != N {
+            return Err(LmError::Mlx(format!("a cache of {} arrays was given {N}", old.len())));
+        }
         let (from, to) = (self.end - self.start, self.end - self.start + n);
-        let write = |buffer: &Array, new: &Array| ffi::slice_update(buffer, new, &[0, 0, from, 0], &[1, new.dim(1), to, new.dim(3)]);
-        self.buffers = Some((write(&old_keys, keys)?, write(&old_values, values)?));
+        let write = |(buffer, new): (Array, &Array)| ffi::slice_update(&buffer, new, &[0, 0, from, 0], &[1, new.dim(1), to, new.dim(3)]);
+        self.buffers = old.into_iter().zip(new).map(write).collect::<Result<_, _>>()?;
         self.end += n;
-        self.visible(n)
+        self.visible_arrays(n)
     }
 
     /// Keys and values that the last `n` tokens see.
     pub fn visible(&self, n: i32) -> Result<(Array, Array), LmError> {
-        let Some((keys, values)) = &self.buffers else {
-            return Err(LmError::Mlx("a cache was read before anything was written".into()));
-        };
+        let [keys, values] = self.visible_arrays(n)?;
+        Ok((keys, values))
+    }
+
+    /// What the last `n` tokens see of each of the cache's arrays.
+    pub fn visible_arrays<const N: usize>(&self, n: i32) -> Result<[Array; N], LmError> {
         let first = self.window.map_or(self.start, |window| (self.end - n - window + 1).max(self.start));
         let (from, to) = (first - self.start, self.end - self.start);
         let read = |buffer: &Array| ffi::slice(buffer, &[0, 0, from, 0], &[1, buffer.dim(1), to, buffer.dim(3)]);
-        Ok((read(keys)?, read(values)?))
+        let seen: Vec<Array> = self.buffers.iter().map(read).collect::<Result<_, _>>()?;
+        <[Array; N]>::try_from(seen).map_err(|seen| LmError::Mlx(format!("a cache of {} arrays was asked for {N}", seen.len())))
     }
 
     /// Room for `n` more tokens: behind a window, by letting go of what nobody sees any more; else by growing.
-    fn make_room(&mut self, buffers: (Array, Array), n: i32) -> Result<(Array, Array), LmError> {
+    fn make_room(&mut self, buffers: Vec<Array>, n: i32) -> Result<Vec<Array>, LmError> {
         let held = self.end - self.start;
-        if held + n <= buffers.0.dim(2) {
+        if buffers.first().is_some_and(|buffer| held + n <= buffer.dim(2)) {
             return Ok(buffers);
         }
         let kept = self.window.map_or(held, |window| held.min(window - 1));
@@ -121,7 +136,7 @@ impl KvCache {
             let added = ops::zeros_dtype(&[1, buffer.dim(1), capacity - kept, buffer.dim(3)], buffer.dtype())?;
             Ok::<Array, LmError>(ops::concatenate(&[filled, added], 2)?)
         };
-        Ok((moved(buffers.0)?, moved(buffers.1)?))
+        buffers.into_iter().map(moved).collect()
     }
 
     fn can_trim(&self, n: i32) -> bool {
@@ -131,7 +146,7 @@ impl KvCache {
     }
 
     fn arrays(&self) -> impl Iterator<Item = &Array> {
-        self.buffers.iter().flat_map(|(keys, values)| [keys, values])
+        self.buffers.iter()
     }
 }
 

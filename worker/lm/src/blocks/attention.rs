@@ -245,6 +245,11 @@ pub struct Attend {
 parameters!(Attend: sinks);
 
 impl Attend {
+    /// Over all tokens before, with nothing special.
+    pub(super) fn plain(scale: f32) -> Self {
+        Self { scale, window: None, softcap: None, sinks: None }
+    }
+
     pub fn load(weights: &mut Weights, spec: &AttentionSpec) -> Result<Self, LmError> {
         Ok(Self {
             scale: spec.scale,
@@ -311,7 +316,7 @@ fn capped(queries: &Array, keys: &Array, values: &Array, scale: f32, softcap: f3
     let capped = ops::multiply(ops::tanh(ops::divide(&scores, scalar(softcap, &scores)?)?)?, scalar(softcap, &scores)?)?;
     let mask = match mask {
         Mask::None => None,
-        Mask::Causal => Some(window_mask(n, held, i32::MAX / 2)?),
+        Mask::Causal => Some(causal_mask(n, held)?),
         Mask::Array(mask) => Some(mask.clone()),
     };
     let scores = match mask {
@@ -340,6 +345,12 @@ pub(super) fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmErr
     Ok(ops::logical_and(causal, near)?.as_dtype(Dtype::Bool)?)
 }
 
+/// `[n, held]`: the last `n` of the held tokens each see themselves and all before.
+pub(super) fn causal_mask(n: i32, held: i32) -> Result<Array, LmError> {
+    let row = |from: i32, to: i32| Array::from_iter(from..to, &[to - from]);
+    Ok(ops::le(row(0, held).expand_dims(0)?, row(held - n, held).expand_dims(1)?)?)
+}
+
 /// What comes after the cache.
 #[derive(Debug, Clone)]
 pub struct Merge {
@@ -355,6 +366,10 @@ enum Gate {
 }
 
 impl Merge {
+    pub(super) fn plain(output: Linear) -> Self {
+        Self { output, gate: None }
+    }
+
     pub fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let gate = spec.gate.as_ref().map(|gate| match gate {
             AttentionGate::InQuery => Gate::Elementwise,

@@ -99,10 +99,19 @@ impl Layer {
 
     /// Mixes every segment of a step over its own cache. `caches` are those of the packing's spans.
     pub fn mix(&self, flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<Vec<Array>, LmError> {
-        let Some(mix) = &self.mix else {
-            return Ok(Vec::new());
-        };
-        over_spans(&flow.mixed, packing, caches, |rows, cache, _| mix.forward(rows, cache))
+        match &self.mix {
+            None => Ok(Vec::new()),
+            // The matrices of its heads are read once for all sequences.
+            Some(Mix::Latent(attend)) if packing.is_decode() => {
+                let rows = attend.embed_queries(&flow.mixed)?;
+                let attended = over_spans(&rows, packing, caches, |rows, cache, _| match cache {
+                    Cache::Attention(cache) => Ok(vec![attend.over_latents(rows, cache)?]),
+                    _ => Err(LmError::Mlx("latent attention met a cache of another kind".into())),
+                })?;
+                attended.iter().map(|attended| attend.unembed_outputs(attended)).collect()
+            }
+            Some(mix) => over_spans(&flow.mixed, packing, caches, |rows, cache, _| mix.forward(rows, cache)),
+        }
     }
 }
 

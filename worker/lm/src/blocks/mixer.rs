@@ -4,7 +4,7 @@
 //! Between the pieces, arrays of four axes are `[B, heads, L, dims]`, arrays of three `[B, L, dims]`.
 
 use super::{
-    attention,
+    attention, latent,
     recurrence::{
         GatedDelta, GatedDeltaMerge, GatedDeltaProject, Recurrence, SelectiveScan, SelectiveScanMerge, SelectiveScanProject,
         ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject, StateSpace, StateSpaceMerge, StateSpaceProject,
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     cache::{Cache, KvCache, RecurrentState},
     error::LmError,
+    linear::Linear,
     parameters::Parameters,
     weights::Weights,
 };
@@ -32,6 +33,7 @@ pub struct Projected {
 #[derive(Debug, Clone)]
 pub enum Project {
     Attention(Box<attention::Project>),
+    Latent(Box<latent::Project>),
     GatedDelta(GatedDeltaProject),
     SelectiveScan(SelectiveScanProject),
     ShortConvolution(ShortConvolutionProject),
@@ -43,6 +45,7 @@ pub enum Project {
 #[derive(Debug, Clone)]
 pub enum Mix {
     Attention(attention::Attend),
+    Latent(latent::Attend),
     Recurrent(Box<Recurrence>),
     /// Each takes this many of the arrays.
     Parallel(Vec<(usize, Mix)>),
@@ -69,6 +72,16 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
             Mix::Attention(attention::Attend::load(weights, spec)?),
             Merge::Attention(attention::Merge::load(weights, spec, quantization)?),
         ),
+        Mixer::Latent(spec) => {
+            let project = latent::Project::load(weights, spec, quantization)?;
+            let attend = latent::Attend::load(weights, spec, quantization)?;
+            let output = Linear::load(weights, &spec.output, quantization)?;
+            (
+                Project::Latent(Box::new(project)),
+                attend.map_or_else(|| Mix::Attention(attention::Attend::plain(spec.scale)), Mix::Latent),
+                Merge::Attention(attention::Merge::plain(output)),
+            )
+        }
         Mixer::GatedDelta(spec) => (
             Project::GatedDelta(GatedDeltaProject::load(weights, spec, quantization)?),
             Mix::Recurrent(Box::new(Recurrence::GatedDelta(GatedDelta::load(weights, spec)?))),
@@ -111,9 +124,6 @@ pub fn empty_cache(spec: &Mixer) -> Option<Cache> {
         Mixer::None => None,
         Mixer::Attention(spec) if spec.source_layer().is_some() => None,
         Mixer::Attention(spec) => Some(Cache::Attention(KvCache::with_window(attention::window_of(spec)))),
-        Mixer::Latent(spec) if spec.indexer.is_some() => {
-            Some(Cache::Several(vec![Cache::Attention(KvCache::default()), Cache::Attention(KvCache::default())]))
-        }
         Mixer::Latent(_) => Some(Cache::Attention(KvCache::default())),
         Mixer::Parallel(specs) => Some(Cache::Several(specs.iter().filter_map(empty_cache).collect())),
         Mixer::GatedDelta(_) | Mixer::StateSpace(_) | Mixer::SelectiveScan(_) | Mixer::ShortConvolution(_) => {
@@ -127,6 +137,7 @@ impl Project {
     pub fn arity(&self) -> (usize, usize) {
         match self {
             Self::Attention(project) => project.arity(),
+            Self::Latent(project) => project.arity(),
             Self::GatedDelta(_) => GatedDeltaProject::ARITY,
             Self::SelectiveScan(_) => SelectiveScanProject::ARITY,
             Self::ShortConvolution(_) => ShortConvolutionProject::ARITY,
@@ -139,6 +150,7 @@ impl Project {
     pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         match self {
             Self::Attention(project) => project.forward(x, offsets),
+            Self::Latent(project) => project.forward(x, offsets),
             Self::GatedDelta(project) => project.forward(x),
             Self::SelectiveScan(project) => project.forward(x),
             Self::ShortConvolution(project) => project.forward(x),
@@ -160,7 +172,7 @@ impl Mix {
     /// How many arrays `forward` gives.
     pub fn outputs(&self) -> usize {
         match self {
-            Self::Attention(_) | Self::Recurrent(_) => 1,
+            Self::Attention(_) | Self::Latent(_) | Self::Recurrent(_) => 1,
             Self::Parallel(mixes) => mixes.iter().map(|(_, mix)| mix.outputs()).sum(),
         }
     }
@@ -169,6 +181,7 @@ impl Mix {
     pub fn forward(&self, rows: &[Array], cache: &mut Cache) -> Result<Vec<Array>, LmError> {
         match (self, cache) {
             (Self::Attention(attend), Cache::Attention(cache)) => Ok(vec![attend.forward(rows, cache)?]),
+            (Self::Latent(attend), Cache::Attention(cache)) => Ok(vec![attend.forward(rows, cache)?]),
             (Self::Recurrent(recurrence), Cache::Recurrent(state)) => Ok(vec![recurrence.forward(rows, state)?]),
             (Self::Parallel(mixes), Cache::Several(caches)) => {
                 let (mut mixed, mut rest) = (Vec::new(), rows);
@@ -231,6 +244,6 @@ macro_rules! parameters_of_variants {
         }
     };
 }
-parameters_of_variants!(Project: Attention, GatedDelta, SelectiveScan, ShortConvolution, StateSpace; inner => inner);
-parameters_of_variants!(Mix: Attention, Recurrent; (_, inner) => inner);
+parameters_of_variants!(Project: Attention, Latent, GatedDelta, SelectiveScan, ShortConvolution, StateSpace; inner => inner);
+parameters_of_variants!(Mix: Attention, Latent, Recurrent; (_, inner) => inner);
 parameters_of_variants!(Merge: Attention, GatedDelta, SelectiveScan, ShortConvolution, StateSpace; (_, inner) => inner);

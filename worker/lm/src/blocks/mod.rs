@@ -6,6 +6,8 @@ mod attention;
 mod ends;
 mod experts;
 mod feed_forward;
+mod indexer;
+mod latent;
 mod layer;
 mod mixer;
 mod norm;
