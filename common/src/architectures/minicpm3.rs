@@ -30,10 +30,10 @@ pub(super) fn read(source: Source) -> Result<ModelSpec, ConfigError> {
     })?;
     let model = decoder.model(layers, false)?;
     let base = config.f64("dim_model_base", 1.0, 1e6)?;
-    let hidden_scale = if model.head == HeadSpec::Tied { 1.0 } else { base / f64::from(decoder.hidden_size) };
+    let hidden_divisor = if model.head == HeadSpec::Tied { 1.0 } else { f64::from(decoder.hidden_size) / base };
     Ok(ModelSpec {
         embedding_scale: config.f32("scale_emb", -1e6, 1e6)?,
-        logits: LogitsSpec { hidden_scale: hidden_scale as f32, ..LogitsSpec::PLAIN },
+        logits: LogitsSpec { hidden_divisor: hidden_divisor as f32, ..LogitsSpec::PLAIN },
         ..model
     })
 }
