@@ -158,3 +158,71 @@ pub(super) fn published(spec: &ModelSpec, tensors: &mut Tensors) -> Result<(), P
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        architectures::{read_spec, tests::tiny},
+        spec::{LatentAttentionSpec, LatentQuery, LatentUp, Mixer},
+    };
+    use serde_json::{Value, json};
+
+    fn read(model_type: &str, changes: Value) -> Result<LatentAttentionSpec, String> {
+        let mut config = tiny(model_type);
+        config.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+        let spec = read_spec(&config).map_err(|error| error.to_string())?;
+        match &spec.layers[0].mixer {
+            Mixer::Latent(latent) => Ok((**latent).clone()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn queries_have_the_rank_that_the_config_says() {
+        let low_rank = read("deepseek_v3", json!({})).expect("valid");
+        assert_eq!((low_rank.query_rank(), low_rank.latent_dim, low_rank.value_dim), (Some(24), 32, 24));
+        let direct = read("deepseek_v3", json!({"q_lora_rank": null})).expect("valid");
+        assert!(matches!(&direct.query, LatentQuery::Direct(linear) if linear.output_dims == 4 * 24));
+        assert!(read("deepseek_v32", json!({"q_lora_rank": null})).expect_err("an indexer").contains("q_lora_rank"));
+        let mut config = tiny("deepseek_v3");
+        config.as_object_mut().expect("an object").remove("q_lora_rank");
+        let Mixer::Latent(default) = read_spec(&config).expect("valid").layers[0].mixer.clone() else { panic!("latent") };
+        assert_eq!(default.query_rank(), Some(1536));
+    }
+
+    #[test]
+    fn yarn_has_its_part_in_the_scale_of_the_scores() {
+        let yarn = json!({"rope_scaling": {"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}});
+        let plain = f64::from(24).powf(-0.5);
+        let stretched = plain * (0.1 * 40f64.ln() + 1.0).powi(2);
+        for (model_type, wanted) in [("deepseek_v2", stretched), ("deepseek_v3", stretched), ("youtu_llm", plain)] {
+            assert_eq!(read(model_type, yarn.clone()).expect("valid").scale, wanted as f32, "{model_type}");
+        }
+    }
+
+    #[test]
+    fn what_is_cached() {
+        let cached = |model_type| Mixer::Latent(Box::new(read(model_type, json!({})).expect("valid"))).cache_elements_per_token();
+        assert_eq!(cached("deepseek_v2"), 4 * (24 + 24));
+        assert_eq!(cached("deepseek_v3"), 32 + 8);
+        assert_eq!(cached("deepseek_v32"), 32 + 8 + 128);
+        assert!(matches!(read("mistral4", json!({})).expect("valid").up, LatentUp::Absorbed { joined_keys: true, .. }));
+    }
+
+    #[test]
+    fn what_would_change_the_numbers_is_refused() {
+        for (model_type, changes) in [
+            ("deepseek_v2", json!({"scoring_func": "sigmoid"})),
+            ("deepseek_v2", json!({"topk_method": "noaux_tc"})),
+            ("deepseek_v2", json!({"norm_topk_prob": true})),
+            ("deepseek_v3", json!({"scoring_func": "softmax"})),
+            ("deepseek_v3", json!({"topk_method": "greedy"})),
+            ("deepseek_v3", json!({"hidden_act": "gelu"})),
+            ("deepseek_v32", json!({"index_head_dim": 4})),
+            ("glm4_moe_lite", json!({"partial_rotary_factor": 0.5})),
+            ("mistral4", json!({"rope_parameters": null})),
+        ] {
+            assert!(read(model_type, changes.clone()).is_err(), "{model_type} {changes}");
+        }
+    }
+}

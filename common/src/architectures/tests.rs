@@ -26,10 +26,12 @@ pub(crate) fn tiny(model_type: &str) -> Value {
     add(json!({"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2,
         "shared_intermediate_size": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "moe_shared_expert_intermediate_size": 32}));
+    add(json!({"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}));
     let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
     let rope = json!({"rope_theta": 10000.0});
     match model_type {
         "dots1" | "glm4_moe" | "solar_open" => add(json!({"norm_topk_prob": true})),
+        "glm4_moe_lite" => add(json!({"partial_rotary_factor": 1.0})),
         "exaone_moe" => add(json!({"layer_types": types})),
         "granitemoehybrid" => add(json!({"layer_types": ["mamba", "attention", "mamba"]})),
         "jamba" => add(json!({"sliding_window": null})),
