@@ -191,6 +191,8 @@ ROWS = [
         "groups, halves rotated, tied", cuts=((2,), (1, 3)), published=APART),
     Row("mistral4", MISTRAL4, "fp8", adjust=fp8_tensors_exact, published=then(FUSED, fp8_tensors),
         published_config=lambda settings: settings | FP8),
+    Row("mistral3", {"model_type": "mistral3", "text_config": MISTRAL4, "vision_config": {"hidden_size": 32}}, "over mistral4",
+        published=then(FUSED, KIMI_VL_IMAGES)),
     Row("youtu_llm", YOUTU, published=head_repeated),
     Row("youtu_llm", {**YOUTU, "q_lora_rank": None, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True,
                       "rope_traditional": False}, "plain queries, biases, halves rotated"),
