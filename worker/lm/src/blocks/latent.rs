@@ -19,7 +19,7 @@ use mlx_rs::{Array, fast, fast::ScaledDotProductAttentionMask as SdpaMask, ops};
 /// What comes before the cache. Expanded: queries, keys and values `[B, heads, L, dims]`. Absorbed: both parts of the queries, the latent
 /// vectors `[B, 1, L, latent_dim]` and the rotated keys `[B, 1, L, rope_dim]`; after them what the indexer makes.
 #[derive(Debug, Clone)]
-pub struct Project {
+pub(super) struct Project {
     shape: Shape,
     query: Query,
     down: Linear,
@@ -69,7 +69,7 @@ impl Query {
 }
 
 impl Project {
-    pub fn load(weights: &mut Weights, spec: &LatentAttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
+    pub(super) fn load(weights: &mut Weights, spec: &LatentAttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let up = match &spec.up {
             LatentUp::Expanded(linear) => Some(Linear::load(weights, linear, quantization)?),
             LatentUp::Absorbed { .. } => None,
@@ -92,7 +92,7 @@ impl Project {
     }
 
     /// Arrays for the cache, and arrays past it.
-    pub fn arity(&self) -> (usize, usize) {
+    pub(super) fn arity(&self) -> (usize, usize) {
         match (&self.up, &self.indexer) {
             (Some(_), _) => (3, 0),
             (None, None) => (4, 0),
@@ -101,7 +101,7 @@ impl Project {
     }
 
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
-    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
+    pub(super) fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         let Shape { n_heads, nope_dim, rope_dim, latent_dim } = self.shape;
         let (batch, length) = (x.dim(0), x.dim(1));
         let heads = |y: &Array, n: i32| y.reshape(&[batch, length, n, -1])?.transpose_axes(&[0, 2, 1, 3]);

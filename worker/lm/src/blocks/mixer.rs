@@ -114,7 +114,6 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
             }
             (Project::Parallel(projects), Mix::Parallel(mixes), Merge::Parallel(merges))
         }
-        other => return Err(LmError::Mlx(format!("no block for {other:?}"))),
     }))
 }
 
