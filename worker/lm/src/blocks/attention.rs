@@ -247,7 +247,7 @@ parameters!(Attend: sinks);
 impl Attend {
     /// Over all tokens before, with nothing special.
     pub(super) fn plain(scale: f32) -> Self {
-        Self { scale, window: None, softcap: None, sinks: None }
+        Self { scale, window: None, softcap: None, widens_f16: false, sinks: None }
     }
 
     pub fn load(weights: &mut Weights, spec: &AttentionSpec) -> Result<Self, LmError> {
