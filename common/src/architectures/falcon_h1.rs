@@ -88,7 +88,7 @@ impl Multipliers {
     fn read(config: &Config) -> Result<Self, ConfigError> {
         let factor = |key: &str, default: f32| Ok(config.maybe_f32(key, 1e-12, 1e12)?.unwrap_or(default));
         Ok(Self {
-            embedding: factor("embedding_multiplier", 5.656_854_2)?,
+            embedding: factor("embedding_multiplier", 5.656_854)?,
             head: factor("lm_head_multiplier", 0.039_062_5)?,
             attention_in: factor("attention_in_multiplier", 1.0)?,
             attention_out: factor("attention_out_multiplier", 0.937_5)?,

@@ -4,15 +4,18 @@ use super::{convolution::Convolution, only};
 use crate::{
     blocks::{mixer::Projected, norm::Norm},
     error::LmError,
+    ffi,
     linear::Linear,
     parameters::parameters,
     weights::Weights,
 };
-use mlx_cluster_common::spec::{Quantization, SelectiveScanSpec};
+use mlx_cluster_common::spec::{CHUNK_TOKENS, Quantization, SelectiveScanSpec};
 use mlx_rs::{Array, Dtype, nn, ops};
 
-/// Up to this many tokens go through the state one after the other; more are cut into blocks.
-const ONE_BY_ONE: i32 = 16;
+/// Tokens of a block. A run of tokens goes through its state in blocks, so that the number of operations is the block's length and the number
+/// of blocks, not their product; it divides `CHUNK_TOKENS`, so that a token's numbers do not depend on where prompts are cut.
+const BLOCK: i32 = 16;
+const _: () = assert!(CHUNK_TOKENS.is_multiple_of(BLOCK as u32));
 
 /// Before the state: x goes to the convolution, the gate past it.
 #[derive(Debug, Clone)]
@@ -86,8 +89,7 @@ impl SelectiveScan {
         let (convolved, past) = self.convolution.forward(only(rows)?, past)?;
         let x = nn::silu(convolved)?;
         let tokens = self.tokens(&x)?;
-        let n = x.dim(1);
-        let (y, state) = if n <= ONE_BY_ONE { tokens.through(state)? } else { tokens.in_blocks(n, state)? };
+        let (y, state) = if x.dim(1) < BLOCK { tokens.through(state)? } else { tokens.in_blocks(state)? };
         let skipped = ops::multiply(self.d.as_dtype(x.dtype())?, &x)?;
         Ok((ops::add(y.as_dtype(x.dtype())?, skipped)?, vec![past, state]))
     }
@@ -133,11 +135,10 @@ impl Tokens {
         Ok(())
     }
 
-    /// A long run of tokens in blocks, so that the number of operations grows with the square root of its length: first what each block alone
-    /// leaves, then the state that each block begins with, then all blocks from there.
-    fn in_blocks(&self, n: i32, state: &Array) -> Result<(Array, Array), LmError> {
-        let length = f64::from(n).sqrt().ceil() as i32 / 2;
-        let blocks = self.cut(n, length)?;
+    /// First what each block alone leaves, then the state that each block begins with, then all blocks from there.
+    fn in_blocks(&self, state: &Array) -> Result<(Array, Array), LmError> {
+        let n = self.dt.dim(1);
+        let blocks = self.cut()?;
         let n_blocks = blocks.dt.dim(0);
         let mut left = ops::zeros_dtype(&[n_blocks, state.dim(1), state.dim(2)], Dtype::Float32)?;
         blocks.advance(&mut left, |_, _| Ok(()))?;
@@ -147,17 +148,25 @@ impl Tokens {
             let next = ops::add(ops::multiply(decay, &state)?, left)?;
             starts.push(std::mem::replace(&mut state, next));
         }
-        let (read, _) = blocks.through(&ops::concatenate(&starts, 0)?)?;
-        let read = read.reshape(&[1, n_blocks * length, -1])?;
-        Ok((crate::ffi::slice(&read, &[0, 0, 0], &[1, n, read.dim(2)])?, state))
+        let (read, ends) = blocks.through(&ops::concatenate(&starts, 0)?)?;
+        if n % BLOCK != 0 {
+            // As the tokens of the last block alone would leave it.
+            state = ffi::slice(&ends, &[n_blocks - 1, 0, 0], ends.shape())?;
+        }
+        let read = read.reshape(&[1, n_blocks * BLOCK, -1])?;
+        Ok((ffi::slice(&read, &[0, 0, 0], &[1, n, read.dim(2)])?, state))
     }
 
-    /// `[1, n, ..] -> [blocks, length, ..]`. Time steps of zero fill the last block: they leave a state as it is.
-    fn cut(&self, n: i32, length: i32) -> Result<Tokens, LmError> {
-        let n_blocks = (n + length - 1) / length;
+    /// `[1, n, ..] -> [blocks, BLOCK, ..]`. Time steps of zero fill the last block: they leave a state as it is.
+    fn cut(&self) -> Result<Tokens, LmError> {
+        let n = self.dt.dim(1);
+        let n_blocks = (n + BLOCK - 1) / BLOCK;
         let cut = |y: &Array| {
-            let padded = ops::pad(y, &[(0, 0), (0, n_blocks * length - n), (0, 0)], None, None)?;
-            Ok::<_, LmError>(padded.reshape(&[n_blocks, length, -1])?)
+            let padded = match n_blocks * BLOCK - n {
+                0 => y.clone(),
+                missing => ops::pad(y, &[(0, 0), (0, missing), (0, 0)], None, None)?,
+            };
+            Ok::<_, LmError>(padded.reshape(&[n_blocks, BLOCK, -1])?)
         };
         Ok(Tokens { dt: cut(&self.dt)?, u: cut(&self.u)?, b: cut(&self.b)?, c: cut(&self.c)?, a: self.a.clone() })
     }
@@ -178,5 +187,79 @@ impl SelectiveScanMerge {
     /// `beside` is the gate.
     pub(in crate::blocks) fn forward(&self, y: &Array, beside: &[Array]) -> Result<Array, LmError> {
         self.output.forward(&ops::multiply(nn::silu(only(beside)?)?, y)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_cluster_common::spec::{ConvolutionSpec, LinearSpec, TensorSpec};
+    use mlx_rs::random;
+
+    fn numbers(shape: &[i32], seed: u64) -> Array {
+        random::normal::<f32>(shape, None, None, &random::key(seed).expect("a key")).expect("random numbers")
+    }
+
+    fn scan() -> SelectiveScan {
+        let spec = SelectiveScanSpec {
+            inner_dim: 12,
+            state_dim: 4,
+            dt_rank: 3,
+            input: LinearSpec::new("in_proj", 8, 24, false),
+            convolution: ConvolutionSpec { path: "conv1d".into(), channels: 12, kernel: 4, bias: false },
+            dt_b_c: LinearSpec::new("x_proj", 12, 11, false),
+            dt: LinearSpec::new("dt_proj", 3, 12, true),
+            a_log: TensorSpec::new("A_log", &[12, 4]),
+            d: TensorSpec::new("D", &[12]),
+            norms: None,
+            output: LinearSpec::new("out_proj", 12, 8, false),
+        };
+        let shapes = [
+            ("conv1d.weight", vec![12, 4, 1]),
+            ("x_proj.weight", vec![11, 12]),
+            ("dt_proj.weight", vec![12, 3]),
+            ("dt_proj.bias", vec![12]),
+            ("A_log", vec![12, 4]),
+            ("D", vec![12]),
+        ];
+        let arrays = (0..).zip(shapes).map(|(seed, (name, shape))| (name.to_owned(), numbers(&shape, seed)));
+        SelectiveScan::load(&mut Weights::from_arrays(arrays), &spec, &Quantization::default()).expect("loads")
+    }
+
+    /// What comes out and the state after, when the tokens come in pieces of these lengths.
+    fn run(scan: &SelectiveScan, lengths: &[i32]) -> Vec<Array> {
+        let input = numbers(&[1, lengths.iter().sum(), 12], 10);
+        let (mut state, mut outputs, mut start) = (scan.initial_state(Dtype::Float32).expect("zeros"), Vec::new(), 0);
+        for length in lengths {
+            let rows = ffi::slice(&input, &[0, start, 0], &[1, start + length, 12]).expect("rows");
+            let (y, next) = scan.step(&[rows], &state).expect("runs");
+            outputs.push(y);
+            (start, state) = (start + length, next);
+        }
+        state.push(ops::concatenate(&outputs, 1).expect("joins"));
+        state
+    }
+
+    #[test]
+    fn blocks_give_what_single_tokens_give() {
+        let scan = scan();
+        for n in [2, 16, 50] {
+            let one_by_one = run(&scan, &vec![1; n as usize]);
+            for (blocks, single) in run(&scan, &[n]).iter().zip(&one_by_one) {
+                assert_eq!(blocks.shape(), single.shape());
+                assert!(blocks.all_close(single, 1e-4, 1e-4, None).expect("compares"), "{n}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_cut_between_blocks_changes_nothing() {
+        let scan = scan();
+        let whole = run(&scan, &[150]);
+        for lengths in [&[64, 86][..], &[128, 22], &[64, 80, 6], &[16, 128, 6]] {
+            for (cut, whole) in run(&scan, lengths).iter().zip(&whole) {
+                assert_eq!(ffi::array_to_bytes(cut).expect("bytes"), ffi::array_to_bytes(whole).expect("bytes"), "{lengths:?}");
+            }
+        }
     }
 }

@@ -2,11 +2,8 @@
 
 use super::{convolution::Convolution, gated_norm::GatedNorm, only};
 use crate::{blocks::mixer::Projected, error::LmError, ffi, linear::Linear, parameters::parameters, weights::Weights};
-use mlx_cluster_common::spec::{AfterConvolutionSpec, Quantization, StateSpaceInputs, StateSpaceSpec};
+use mlx_cluster_common::spec::{AfterConvolutionSpec, CHUNK_TOKENS, Quantization, StateSpaceInputs, StateSpaceSpec};
 use mlx_rs::{Array, Dtype, fast, nn, ops};
-
-/// Tokens that are mixed at once by matrix products, as in mlx-lm; between such chunks only the state is passed on.
-const CHUNK: i32 = 256;
 
 /// Before the state: what the convolution takes, and the time steps where they do not come from it; the gate goes past it.
 #[derive(Debug, Clone)]
@@ -96,8 +93,8 @@ struct AfterConvolution {
 }
 parameters!(AfterConvolution: bcdt, dt, dt_norm, b_norm, c_norm);
 
-/// What the tokens of one sequence bring: for each group `u` `[1, groups, n, heads · head_dim]` (x times its time step) and the logarithms
-/// of the decays `[1, groups, heads, n]` in f32, `b` and `c` `[1, groups, n, state_dim]` in the stream's type.
+/// What tokens bring, in chunks of the same length `n`: for each group `u` `[chunks, groups, n, heads · head_dim]` (x times its time step) and
+/// the logarithms of the decays `[chunks, groups, heads, n]` in f32, `b` and `c` `[chunks, groups, n, state_dim]` in the stream's type.
 struct Tokens {
     u: Array,
     log_decay: Array,
@@ -151,30 +148,36 @@ impl StateSpace {
                 (convolved, b, c, dt)
             }
         };
-        let tokens = self.tokens(&x, &b, &c, &dt)?;
-        let (y, state) = if x.dim(1) == 1 { self.one_token(&tokens, state)? } else { self.chunks(&tokens, state)? };
-        let heads = [1, x.dim(1), self.sizes.groups * self.sizes.heads, self.sizes.head_dim];
+        let dt = self.time_steps(&dt)?;
+        let (y, state) = match x.dim(1) {
+            1 => self.one_token(&self.tokens([&x, &b, &c, &dt], 1)?, state)?,
+            _ => self.all(&x, [&b, &c, &dt], state)?,
+        };
+        let heads = [1, x.dim(1), self.d.dim(0), self.sizes.head_dim];
         let skipped = ops::multiply(x.reshape(&heads)?, self.d.as_dtype(x.dtype())?.expand_dims(-1)?)?;
-        let y = y.transpose_axes(&[0, 2, 1, 3])?.reshape(&heads)?.as_dtype(x.dtype())?;
-        Ok((ops::add(y, skipped)?.reshape(x.shape())?, vec![past, state]))
+        let y = ops::add(y.reshape(&heads)?.as_dtype(x.dtype())?, skipped)?;
+        Ok((y.reshape(x.shape())?, vec![past, state]))
     }
 
-    /// `x` `[1, n, inner]`, `b` and `c` `[1, n, groups · state_dim]`, `dt` `[1, n, n_heads]` before bias and softplus.
-    fn tokens(&self, x: &Array, b: &Array, c: &Array, dt: &Array) -> Result<Tokens, LmError> {
-        let Sizes { groups, heads, head_dim, state_dim } = self.sizes;
-        let n = x.dim(1);
+    /// In f32.
+    fn time_steps(&self, dt: &Array) -> Result<Array, LmError> {
         let dt = nn::softplus(ops::add(dt.as_dtype(Dtype::Float32)?, &self.dt_bias)?)?;
-        let (least, most) = self.time_step_limit;
-        let dt = match (least, most) {
+        Ok(match self.time_step_limit {
             (0.0, f32::INFINITY) => dt,
-            _ => ops::clip(dt, (&Array::from_f32(least), &Array::from_f32(most)))?,
-        };
+            (least, most) => ops::clip(dt, (&Array::from_f32(least), &Array::from_f32(most)))?,
+        })
+    }
+
+    /// x `[1, tokens, inner]`, b and c `[1, tokens, groups · state_dim]` and time steps `[1, tokens, n_heads]`.
+    fn tokens(&self, [x, b, c, dt]: [&Array; 4], chunks: i32) -> Result<Tokens, LmError> {
+        let Sizes { groups, heads, head_dim, state_dim } = self.sizes;
+        let n = x.dim(1) / chunks;
         let a = ops::exp(self.a_log.as_dtype(Dtype::Float32)?)?.negative()?;
-        let u = ops::multiply(dt.expand_dims(-1)?, x.reshape(&[1, n, groups * heads, head_dim])?)?;
-        let by_group = |y: &Array, width: i32| y.reshape(&[1, n, groups, width])?.transpose_axes(&[0, 2, 1, 3]);
+        let u = ops::multiply(dt.expand_dims(-1)?, x.reshape(&[1, x.dim(1), groups * heads, head_dim])?)?;
+        let by_group = |y: &Array, width: i32| y.reshape(&[chunks, n, groups, width])?.transpose_axes(&[0, 2, 1, 3]);
         Ok(Tokens {
             u: by_group(&u, heads * head_dim)?,
-            log_decay: ops::multiply(&dt, a)?.reshape(&[1, n, groups, heads])?.transpose_axes(&[0, 2, 3, 1])?,
+            log_decay: ops::multiply(dt, a)?.reshape(&[chunks, n, groups, heads])?.transpose_axes(&[0, 2, 3, 1])?,
             b: by_group(b, state_dim)?,
             c: by_group(c, state_dim)?,
         })
@@ -182,52 +185,68 @@ impl StateSpace {
 
     /// `state · exp(decay) + b ⊗ u`, of which `c` reads.
     fn one_token(&self, tokens: &Tokens, state: &Array) -> Result<(Array, Array), LmError> {
-        let decay = self.over_heads(&ops::exp(&tokens.log_decay)?.swap_axes(-1, -2)?)?;
         let taken_in = ops::multiply(tokens.b.swap_axes(-1, -2)?, &tokens.u)?;
-        let state = ops::add(ops::multiply(state, decay)?, taken_in)?;
+        let decay = ops::exp(tokens.log_decay.swap_axes(-1, -2)?)?;
+        let state = ops::add(self.times(state, &decay)?, taken_in)?;
         Ok((ops::matmul(&tokens.c, &state)?, state))
     }
 
-    fn chunks(&self, tokens: &Tokens, state: &Array) -> Result<(Array, Array), LmError> {
-        let n = tokens.u.dim(2);
+    /// Whole chunks at once, then what is left: so a token's numbers do not depend on how many come after it.
+    fn all(&self, x: &Array, [b, c, dt]: [&Array; 3], state: &Array) -> Result<(Array, Array), LmError> {
+        let (n, chunk) = (x.dim(1), CHUNK_TOKENS as i32);
+        let whole = n / chunk * chunk;
         let (mut outputs, mut state) = (Vec::new(), state.clone());
-        for start in (0..n).step_by(CHUNK as usize) {
-            let (y, next) = self.chunk(&tokens.span(start, n.min(start + CHUNK))?, &state)?;
-            outputs.push(y);
-            state = next;
+        for (start, stop, chunks) in [(0, whole, n / chunk), (whole, n, 1)] {
+            if start < stop {
+                let rows = |y: &Array| ffi::slice(y, &[0, start, 0], &[1, stop, y.dim(2)]);
+                let (y, next) = self.chunks(&self.tokens([&rows(x)?, &rows(b)?, &rows(c)?, &rows(dt)?], chunks)?, &state)?;
+                outputs.push(y.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, stop - start, -1])?);
+                state = next;
+            }
         }
-        let y = if outputs.len() == 1 { outputs.swap_remove(0) } else { ops::concatenate(&outputs, 2)? };
+        let y = if outputs.len() == 1 { outputs.swap_remove(0) } else { ops::concatenate(&outputs, 1)? };
         Ok((y, state))
     }
 
-    /// Inside a chunk as attention without softmax, whose scores decay with the distance (section 6 of the paper); over the state before it
-    /// as one product.
-    fn chunk(&self, tokens: &Tokens, state: &Array) -> Result<(Array, Array), LmError> {
+    /// Inside a chunk as attention without softmax, whose scores decay with the distance (section 6 of the paper); between chunks the state
+    /// is passed on.
+    fn chunks(&self, tokens: &Tokens, state: &Array) -> Result<(Array, Array), LmError> {
         let Tokens { u, log_decay, b, c } = tokens;
         let Sizes { groups, heads, head_dim, .. } = self.sizes;
-        let n = u.dim(2);
+        let (chunks, n) = (u.dim(0), u.dim(2));
         let decay = decays_between(log_decay)?;
         let scores = ops::matmul(c, b.swap_axes(-1, -2)?)?.expand_dims(2)?;
         let scores = ops::tril(ops::multiply(scores, &decay)?, 0)?;
-        let by_head = u.reshape(&[1, groups, n, heads, head_dim])?.transpose_axes(&[0, 1, 3, 2, 4])?;
-        let inside = ops::matmul(scores, by_head)?.transpose_axes(&[0, 1, 3, 2, 4])?.reshape(&[1, groups, n, heads * head_dim])?;
+        let by_head = u.reshape(&[chunks, groups, n, heads, head_dim])?.transpose_axes(&[0, 1, 3, 2, 4])?;
+        let inside = ops::matmul(scores, by_head)?.transpose_axes(&[0, 1, 3, 2, 4])?.reshape(u.shape())?;
 
-        // From before the chunk to each token, and from each token to the end of the chunk.
-        let since_start = self.over_heads(&ops::exp(log_decay.cumsum(-1, None, None)?)?.swap_axes(-1, -2)?)?;
-        let to_end = ffi::slice(&decay, &[0, 0, 0, n - 1, 0], &[1, groups, heads, n, n])?.squeeze_axes(&[3])?;
-        let to_end = self.over_heads(&to_end.swap_axes(-1, -2)?)?;
-        let y = ops::add(inside, ops::multiply(since_start.clone(), ops::matmul(c, state)?)?)?;
-        let whole = ffi::slice(&since_start, &[0, 0, n - 1, 0], &[1, groups, n, heads * head_dim])?;
-        let taken_in = ops::matmul(b.swap_axes(-1, -2)?, ops::multiply(u, to_end)?)?;
-        Ok((y, ops::add(ops::multiply(state, whole)?, taken_in)?))
+        // From before the chunk to each token, and from each token to the end of the chunk: `[chunks, groups, n, heads]`.
+        let since_start = ops::exp(log_decay.cumsum(-1, None, None)?)?.swap_axes(-1, -2)?;
+        let to_end = ffi::slice(&decay, &[0, 0, 0, n - 1, 0], &[chunks, groups, heads, n, n])?.squeeze_axes(&[3])?.swap_axes(-1, -2)?;
+        let taken_in = ops::matmul(b.swap_axes(-1, -2)?, self.times(u, &to_end)?)?;
+        let kept = ffi::slice(&since_start, &[0, 0, n - 1, 0], &[chunks, groups, n, heads])?;
+        let (starts, state) = self.pass_on(state, &kept, &taken_in)?;
+        let before = self.times(&ops::matmul(c, starts)?, &since_start)?;
+        Ok((ops::add(inside, before)?, state))
     }
 
-    /// `[1, groups, n, heads] -> [1, groups, n, heads · head_dim]`
-    fn over_heads(&self, y: &Array) -> Result<Array, LmError> {
-        let Sizes { groups, heads, head_dim, .. } = self.sizes;
-        let n = y.dim(2);
-        let wide = ops::broadcast_to(y.expand_dims(-1)?, &[1, groups, n, heads, head_dim])?;
-        Ok(wide.reshape(&[1, groups, n, heads * head_dim])?)
+    /// The state that each chunk begins with, and the one after the last: a chunk keeps the part `kept` of it and adds `taken_in`.
+    fn pass_on(&self, state: &Array, kept: &Array, taken_in: &Array) -> Result<(Array, Array), LmError> {
+        let chunks = kept.dim(0);
+        let (mut state, mut starts) = (state.clone(), Vec::new());
+        for (kept, taken_in) in kept.split_equal(chunks, 0)?.iter().zip(taken_in.split_equal(chunks, 0)?) {
+            let next = ops::add(self.times(&state, kept)?, taken_in)?;
+            starts.push(std::mem::replace(&mut state, next));
+        }
+        let starts = if chunks == 1 { starts.swap_remove(0) } else { ops::concatenate(&starts, 0)? };
+        Ok((starts, state))
+    }
+
+    /// `y` `[.., rows, heads · head_dim]` times a factor a head `[.., rows or 1, heads]`.
+    fn times(&self, y: &Array, factors: &Array) -> Result<Array, LmError> {
+        let Sizes { heads, head_dim, .. } = self.sizes;
+        let by_head = y.reshape(&[y.dim(0), y.dim(1), y.dim(2), heads, head_dim])?;
+        Ok(ops::multiply(by_head, factors.expand_dims(-1)?)?.reshape(y.shape())?)
     }
 }
 
@@ -248,14 +267,6 @@ impl AfterConvolution {
         let [b, c, dt] = super::three(self.bcdt.forward(x)?.split_at_indices(&[state_dim, 2 * state_dim], -1)?)?;
         let normed = |y: &Array, weight: &Array| fast::rms_norm(y, Some(weight), self.eps);
         Ok([normed(&b, &self.b_norm)?, normed(&c, &self.c_norm)?, self.dt.forward(&normed(&dt, &self.dt_norm)?)?])
-    }
-}
-
-impl Tokens {
-    fn span(&self, start: i32, stop: i32) -> Result<Self, LmError> {
-        let rows = |y: &Array| ffi::slice(y, &[0, 0, start, 0], &[1, y.dim(1), stop, y.dim(3)]);
-        let log_decay = ffi::slice(&self.log_decay, &[0, 0, 0, start], &[1, self.log_decay.dim(1), self.log_decay.dim(2), stop])?;
-        Ok(Self { u: rows(&self.u)?, log_decay, b: rows(&self.b)?, c: rows(&self.c)? })
     }
 }
 
@@ -284,5 +295,77 @@ impl StateSpaceMerge {
     /// `beside` is the gate.
     pub(in crate::blocks) fn forward(&self, y: &Array, beside: &[Array]) -> Result<Array, LmError> {
         self.output.forward(&self.gated_norm.forward(y, only(beside)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_cluster_common::spec::{ConvolutionSpec, GatedNorm as GatedNormSpec, LinearSpec, TensorSpec};
+    use mlx_rs::random;
+
+    const HEADS: u32 = 6;
+
+    fn numbers(shape: &[i32], seed: u64) -> Array {
+        random::normal::<f32>(shape, None, None, &random::key(seed).expect("a key")).expect("random numbers")
+    }
+
+    /// Two groups of three heads.
+    fn state_space() -> StateSpace {
+        let by_head = |name: &str| TensorSpec::new(name, &[HEADS]);
+        let spec = StateSpaceSpec {
+            n_heads: HEADS,
+            head_dim: 4,
+            state_dim: 8,
+            n_groups: 2,
+            inputs: StateSpaceInputs::Joint(LinearSpec::new("in_proj", 16, 86, false)),
+            convolution: ConvolutionSpec { path: "conv1d".into(), channels: 56, kernel: 4, bias: false },
+            dt_bias: by_head("dt_bias"),
+            a_log: by_head("A_log"),
+            d: by_head("D"),
+            time_step_limit: (0.001, 2.0),
+            gated_norm: GatedNormSpec::None,
+            output: LinearSpec::new("out_proj", 24, 16, false),
+        };
+        let arrays = [("conv1d.weight", vec![56, 4, 1]), ("dt_bias", vec![6]), ("A_log", vec![6]), ("D", vec![6])];
+        let arrays = (0..).zip(arrays).map(|(seed, (name, shape))| (name.to_owned(), numbers(&shape, seed)));
+        StateSpace::load(&mut Weights::from_arrays(arrays), &spec, &Quantization::default()).expect("loads")
+    }
+
+    /// What comes out and the state after, when the tokens come in pieces of these lengths.
+    fn run(state_space: &StateSpace, lengths: &[i32]) -> Vec<Array> {
+        let n = lengths.iter().sum();
+        let inputs = [numbers(&[1, n, 56], 10), numbers(&[1, n, HEADS as i32], 11)];
+        let (mut state, mut outputs, mut start) = (state_space.initial_state(Dtype::Float32).expect("zeros"), Vec::new(), 0);
+        for length in lengths {
+            let stop = start + length;
+            let rows = inputs.each_ref().map(|y| ffi::slice(y, &[0, start, 0], &[1, stop, y.dim(2)]).expect("rows"));
+            let (y, next) = state_space.step(&rows, &state).expect("runs");
+            outputs.push(y);
+            (start, state) = (stop, next);
+        }
+        state.push(ops::concatenate(&outputs, 1).expect("joins"));
+        state
+    }
+
+    #[test]
+    fn chunks_give_what_single_tokens_give() {
+        let state_space = state_space();
+        let one_by_one = run(&state_space, &[1; 150]);
+        for (chunks, single) in run(&state_space, &[150]).iter().zip(&one_by_one) {
+            assert_eq!(chunks.shape(), single.shape());
+            assert!(chunks.all_close(single, 1e-4, 1e-4, None).expect("compares"));
+        }
+    }
+
+    #[test]
+    fn a_cut_between_chunks_changes_nothing() {
+        let state_space = state_space();
+        let whole = run(&state_space, &[150]);
+        for lengths in [&[64, 86][..], &[128, 22], &[64, 64, 22]] {
+            for (cut, whole) in run(&state_space, lengths).iter().zip(&whole) {
+                assert_eq!(ffi::array_to_bytes(cut).expect("bytes"), ffi::array_to_bytes(whole).expect("bytes"), "{lengths:?}");
+            }
+        }
     }
 }
