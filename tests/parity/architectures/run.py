@@ -35,9 +35,9 @@ from report import Report
 TOLERANCE = 2e-3
 NEW_TOKENS, CHUNKS = 6, 8
 SCHEMES = {
-    "f32": None, "affine4": {"group_size": 32, "bits": 4}, "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"}, "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
-    "published": None,
+    "f32": None, "published": None, **{f"affine{bits}": {"group_size": 32, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
 }
 
 
