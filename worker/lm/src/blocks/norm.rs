@@ -5,7 +5,7 @@ use mlx_cluster_common::spec::{NormKind, NormSpec};
 use mlx_rs::{Array, fast, ops};
 
 #[derive(Debug, Clone)]
-pub struct Norm {
+pub(super) struct Norm {
     kind: NormKind,
     weight: Option<Array>,
     bias: Option<Array>,
@@ -14,7 +14,7 @@ pub struct Norm {
 parameters!(Norm: weight, bias);
 
 impl Norm {
-    pub fn load(weights: &mut Weights, spec: &NormSpec) -> Result<Self, LmError> {
+    pub(super) fn load(weights: &mut Weights, spec: &NormSpec) -> Result<Self, LmError> {
         let weight = match spec.kind {
             NormKind::RmsUnweighted | NormKind::LayerUnweighted => None,
             NormKind::Rms { offset } if offset != 0.0 => {
@@ -30,11 +30,11 @@ impl Norm {
         Ok(Self { kind: spec.kind, weight, bias, eps: spec.eps })
     }
 
-    pub fn load_optional(weights: &mut Weights, spec: &Option<NormSpec>) -> Result<Option<Self>, LmError> {
+    pub(super) fn load_optional(weights: &mut Weights, spec: &Option<NormSpec>) -> Result<Option<Self>, LmError> {
         spec.as_ref().map(|spec| Norm::load(weights, spec)).transpose()
     }
 
-    pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
+    pub(super) fn forward(&self, x: &Array) -> Result<Array, LmError> {
         Ok(match self.kind {
             NormKind::Rms { .. } | NormKind::RmsUnweighted => fast::rms_norm(x, self.weight.as_ref(), self.eps)?,
             NormKind::Layer { .. } | NormKind::LayerUnweighted => fast::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)?,
