@@ -8,7 +8,7 @@ use mlx_rs::{Array, Dtype, fast, fast::ScaledDotProductAttentionMask, ops};
 /// What comes before the cache: queries `[B, heads, L, head_dim]`, and keys and values `[B, kv_heads, L, head_dim]` where the layer has
 /// its own; besides them the numbers that gate the output.
 #[derive(Debug, Clone)]
-pub struct Project {
+pub(super) struct Project {
     shape: Shape,
     /// As the spec's projections name them.
     linears: Vec<Linear>,
@@ -48,7 +48,7 @@ struct Parts {
 }
 
 impl Project {
-    pub fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
+    pub(super) fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let mut linears =
             |specs: &[&_]| -> Result<Vec<Linear>, LmError> { specs.iter().map(|spec| Linear::load(weights, spec, quantization)).collect() };
         let (layout, linears) = match &spec.projections {
@@ -83,13 +83,13 @@ impl Project {
     }
 
     /// Arrays for the cache, and arrays past it.
-    pub fn arity(&self) -> (usize, usize) {
+    pub(super) fn arity(&self) -> (usize, usize) {
         let mixed = if self.shape.layout == Layout::QueryOnly { 1 } else { 3 };
         (mixed, usize::from(self.shape.gate_in_query || self.head_gate.is_some()))
     }
 
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
-    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
+    pub(super) fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         let parts = self.parts(x)?;
         let rotated = |y: &Array, norm: &Option<HeadNorm>| -> Result<Array, LmError> {
             let y = norm.as_ref().map_or(Ok(y.clone()), |norm| norm.before_rope(y))?.transpose_axes(&[0, 2, 1, 3])?;
@@ -353,7 +353,7 @@ pub(super) fn causal_mask(n: i32, held: i32) -> Result<Array, LmError> {
 
 /// What comes after the cache.
 #[derive(Debug, Clone)]
-pub struct Merge {
+pub(super) struct Merge {
     output: Linear,
     gate: Option<Gate>,
 }
@@ -370,7 +370,7 @@ impl Merge {
         Self { output, gate: None }
     }
 
-    pub fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
+    pub(super) fn load(weights: &mut Weights, spec: &AttentionSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let gate = spec.gate.as_ref().map(|gate| match gate {
             AttentionGate::InQuery => Gate::Elementwise,
             AttentionGate::PerHead(_) => Gate::PerHead,
@@ -379,7 +379,7 @@ impl Merge {
     }
 
     /// `[B, heads, L, head_dim] -> [B, L, D]`; `beside` is the gate `[B, L, heads · head_dim]` or `[B, L, heads]`.
-    pub fn forward(&self, attended: &Array, beside: &[Array]) -> Result<Array, LmError> {
+    pub(super) fn forward(&self, attended: &Array, beside: &[Array]) -> Result<Array, LmError> {
         let (batch, length) = (attended.dim(0), attended.dim(2));
         let by_token = attended.transpose_axes(&[0, 2, 1, 3])?;
         let flat = |y: &Array| y.reshape(&[batch, length, -1]);
