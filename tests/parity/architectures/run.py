@@ -90,7 +90,7 @@ def distance(got: dict, wanted: Wanted) -> float:
     ours = got["prompt_logprobs"][1:]
     if len(ours) != len(wanted.prompt_logprobs) or len(got["tokens"]) != len(wanted.tokens):
         return float("inf")
-    worst = max(map(apart, ours, wanted.prompt_logprobs))
+    worst = max(map(apart, ours, wanted.prompt_logprobs), default=0.0)
     for i, token in enumerate(wanted.tokens):
         if got["tokens"][i] != token:
             return worst if wanted.margins[i] < TOLERANCE else float("inf")
@@ -138,6 +138,9 @@ def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> st
     loose = [0.0] * NEW_TOKENS
     for alone, batched in zip(whole["alone"], whole["batched"]):
         found.note("batch", distance(batched, as_wanted(alone, loose)))
+    for layout in (whole, *split):
+        for alone, unscored in zip(whole["alone"], layout["unscored"]):
+            found.note("unscored", distance(unscored, Wanted([], alone["tokens"], alone["logprobs"], loose)))
     for other in split:
         for kind in ("alone", "batched"):
             for ours, theirs in zip(other[kind], whole[kind]):

@@ -1,7 +1,8 @@
 //! Scores and continues prompts with a model, whole and cut into stages inside one process: what the table of architectures is checked with.
 //!
 //! `parity MODEL_FOLDER` reads one line of JSON on stdin, `{"prompts": [[ids]], "new_tokens": n, "chunks": n, "layouts": [[first layers]]}`, and
-//! prints a line for each layout: each prompt alone, the first one in chunks, and all of them in one batch.
+//! prints a line for each layout: each prompt alone, the first one in chunks, all of them in one batch, and all of them in one batch and in
+//! chunks whose prompts are not scored.
 
 use mlx_cluster_common::{
     architectures::read_spec,
@@ -42,6 +43,7 @@ struct Answers {
     alone: Vec<Answer>,
     chunked: Answer,
     batched: Vec<Answer>,
+    unscored: Vec<Answer>,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -64,11 +66,12 @@ fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32]) -> Result<A
     let prompts = &request.prompts;
     let mut alone = Vec::new();
     for prompt in prompts {
-        alone.extend(pipeline.answer(std::slice::from_ref(prompt), request.new_tokens, 1)?);
+        alone.extend(pipeline.answer(std::slice::from_ref(prompt), request.new_tokens, 1, true)?);
     }
-    let chunked = pipeline.answer(&prompts[..1], request.new_tokens, request.chunks)?.swap_remove(0);
-    let batched = pipeline.answer(prompts, request.new_tokens, 1)?;
-    Ok(Answers { cuts: cuts.to_vec(), alone, chunked, batched })
+    let chunked = pipeline.answer(&prompts[..1], request.new_tokens, request.chunks, true)?.swap_remove(0);
+    let batched = pipeline.answer(prompts, request.new_tokens, 1, true)?;
+    let unscored = pipeline.answer(prompts, request.new_tokens, request.chunks, false)?;
+    Ok(Answers { cuts: cuts.to_vec(), alone, chunked, batched, unscored })
 }
 
 /// Stages one after the other.
@@ -89,15 +92,16 @@ impl Pipeline {
         Ok(Self { stages, number: 0 })
     }
 
-    /// The prompts side by side, each in so many chunks, and their greedy continuations.
-    fn answer(&mut self, prompts: &[Vec<u32>], new_tokens: u32, chunks: usize) -> Result<Vec<Answer>, Box<dyn Error>> {
+    /// The prompts side by side, each in so many chunks, and their greedy continuations. What a prompt that is not scored makes besides its
+    /// caches is computed for its last token alone.
+    fn answer(&mut self, prompts: &[Vec<u32>], new_tokens: u32, chunks: usize, scored: bool) -> Result<Vec<Answer>, Box<dyn Error>> {
         let mut answers = vec![Answer::default(); prompts.len()];
         for chunk in 0..chunks {
             let segment = |(i, prompt): (usize, &Vec<u32>)| {
                 let (start, end) = (prompt.len() * chunk / chunks, prompt.len() * (chunk + 1) / chunks);
                 let sample = (chunk + 1 == chunks).then_some(0);
                 let tokens: Vec<Token> = prompt[start..end].iter().map(|id| Token::Id(*id)).collect();
-                (!tokens.is_empty()).then(|| segment(i, start, tokens, Output { sample, prompt_logprobs: true }))
+                (!tokens.is_empty()).then(|| segment(i, start, tokens, Output { sample, prompt_logprobs: scored }))
             };
             let segments = prompts.iter().enumerate().filter_map(segment).collect();
             self.step(segments, if chunk == 0 { prompts.len() } else { 0 }, &mut answers)?;

@@ -1,8 +1,10 @@
 //! Consecutive layers of a model with the caches of all sequences: applies steps in order.
 
+mod ends_only;
+
 use crate::{
     activations::{Activations, heads_to_rows, rows_to_heads},
-    blocks::{Entry, Exit, Flow, Layer, Mix, over_spans, own_rows},
+    blocks::{Entry, Exit, Flow, Layer, over_spans},
     cache::Cache,
     compiled::{CompiledStep, Ends, Pieces, ROWS_MAX},
     error::LmError,
@@ -13,10 +15,11 @@ use crate::{
     sequences::{CacheSlots, Sequences, StepCaches},
     weights::Weights,
 };
+use ends_only::ends_only;
 use mlx_cluster_common::{
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
-    spec::{CutTensor, ModelSpec, Residual},
+    spec::{CutTensor, ModelSpec},
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
 };
 use mlx_rs::{Array, ops, transforms};
@@ -161,9 +164,7 @@ impl Shard {
             Some(pieces) => {
                 Some(pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, compiled))?)
             }
-            None if is_last && !all_rows && ends_only(step) && self.can_end_early() => {
-                self.forward_to_ends(&x, layer_inputs, step, &mut run)?.map(|x| (x, None))
-            }
+            None if is_last && !all_rows && ends_only(step) => self.forward_to_ends(&x, layer_inputs, step, &mut run)?.map(|x| (x, None)),
             None => Some(self.forward(&x, layer_inputs, &mut run)?),
         };
         let Run { caches, passed_on, .. } = run;
@@ -329,44 +330,6 @@ impl Shard {
         Ok((x, layer_inputs))
     }
 
-    /// Whether the last layer can be run for some tokens alone, once its cache is filled: attention on a plain residual stream.
-    fn can_end_early(&self) -> bool {
-        let last = self.spec.layers_of(self.range.clone()).last();
-        last.is_some_and(|layer| {
-            matches!(layer.residual, Residual::Serial { .. } | Residual::SerialClipped)
-                && layer.layer_input.is_none()
-                && layer.mixer.source_layer().is_none()
-        }) && matches!(self.layers.last().and_then(|layer| layer.mix.as_ref()), Some(Mix::Attention(_)))
-    }
-
-    /// The same for a step that reads the last token of some segments at most: the last layer fills its caches for all tokens, and goes on
-    /// with those that are read. `[wanted, 1, D]`, or None when none is. What is not read stays lazy, so it is never computed.
-    fn forward_to_ends(&self, input: &Array, layer_inputs: Option<Array>, step: &Step, run: &mut Run) -> Result<Option<Array>, LmError> {
-        let last = self.layers.len() - 1;
-        let (x, _) = self.forward_layers(input, layer_inputs, run, last)?;
-        let layer = &self.layers[last];
-        let flow = layer.before.forward(&x, &run.packing.offsets)?;
-        let rows = output_rows(step, run.packing);
-        let n = rows.len() as i32;
-        let ends = match n {
-            0 => None,
-            _ => {
-                let read = x.reshape(&[run.packing.tokens(), -1])?.take_axis(Array::from_slice(&rows, &[n]), 0)?.expand_dims(1)?;
-                let segments = step.segments.iter().filter(|segment| output_length(segment) > 0);
-                let offsets: Vec<i32> = segments.map(|segment| segment.start as i32 + segment.tokens.len() as i32 - 1).collect();
-                Some((layer.before.forward(&read, &Array::from_slice(&offsets, &[n]))?, read))
-            }
-        };
-        let wanted: Vec<bool> = step.segments.iter().map(|segment| output_length(segment) > 0).collect();
-        let mut caches = run.caches.of_layer(&self.slots, last);
-        let queries = ends.as_ref().and_then(|(flow, _)| flow.mixed.first());
-        let attended = attend_ends(layer, &flow, queries, &wanted, run.packing, &mut caches)?;
-        match (ends, attended) {
-            (Some((flow, read)), Some(attended)) => Ok(Some(layer.after.forward(&[attended], &flow.beside, &read, None)?)),
-            _ => Ok(None),
-        }
-    }
-
     /// Logits of some rows of the hidden states `[tokens, D]`: `[rows, V]`.
     fn logits(&self, hidden: &Array, rows: &[i32], all_rows: bool) -> Result<Array, LmError> {
         let Some(exit) = &self.ends.exit else {
@@ -428,11 +391,6 @@ fn output_length(segment: &Segment) -> i32 {
     }
 }
 
-/// Whether no segment needs more than the logits after its last token.
-fn ends_only(step: &Step) -> bool {
-    step.segments.iter().all(|segment| output_length(segment) <= 1 && !segment.output.prompt_logprobs)
-}
-
 /// The tokens of a step whose logits are needed, as rows among all of them.
 fn output_rows(step: &Step, packing: &Packing) -> Vec<i32> {
     let rows = |(segment, span): (&Segment, &Span)| {
@@ -448,45 +406,6 @@ struct Run<'a> {
     caches: StepCaches,
     /// Keys and values that later stages read too.
     passed_on: BTreeMap<CutTensor, Array>,
-}
-
-/// Fills a layer's caches with all tokens of a step, and attends for the last token of those segments that `wanted` says, whose `queries` are
-/// `[wanted, heads, 1, head_dim]`. None when nothing is wanted.
-fn attend_ends(
-    layer: &Layer,
-    flow: &Flow,
-    queries: Option<&Array>,
-    wanted: &[bool],
-    packing: &Packing,
-    caches: &mut [&mut Cache],
-) -> Result<Option<Array>, LmError> {
-    let Some(Mix::Attention(attend)) = &layer.mix else {
-        return Err(LmError::Mlx("only attention can end early".into()));
-    };
-    let [_, keys, values] = flow.mixed.as_slice() else {
-        return Err(LmError::Mlx("attention without keys and values".into()));
-    };
-    let mut attended = Vec::new();
-    for ((span, cache), wanted) in packing.spans.iter().zip(caches).zip(wanted) {
-        let Cache::Attention(cache) = &mut **cache else {
-            return Err(LmError::Mlx("attention met a cache of another kind".into()));
-        };
-        let rows = |y: &Array| if packing.spans.len() == 1 { Ok(y.clone()) } else { own_rows(y, span) };
-        let (keys, values) = (rows(keys)?, rows(values)?);
-        match queries.filter(|_| *wanted) {
-            Some(queries) => {
-                let row = attended.len() as i32;
-                let own = ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
-                cache.append(&keys, &values)?;
-                attended.push(attend.forward(&[own], cache)?);
-            }
-            None => drop(cache.append(&keys, &values)?),
-        }
-    }
-    if attended.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(ops::concatenate(&attended, 0)?))
 }
 
 impl PendingResult {

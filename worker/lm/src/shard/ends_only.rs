@@ -1,0 +1,147 @@
+//! Steps that read no logits but those after the last token of some segments: what nobody reads is not computed.
+//!
+//! Of every token the caches need keys and values. What a layer makes besides is needed by the caches of later layers alone: so the last
+//! layer with a cache of its own fills that for all tokens and goes on with the few that are read, and layers after it, which read the
+//! caches of others, see only those.
+
+use super::{Run, Shard, output_length, output_rows};
+use crate::{
+    blocks::{Flow, Layer, Mix, own_rows},
+    cache::Cache,
+    error::LmError,
+    ffi,
+    packing::{Packing, Span},
+};
+use mlx_cluster_common::{
+    spec::Mixer,
+    step::{Segment, Step},
+};
+use mlx_rs::{Array, ops};
+
+/// The tokens of a step that are read: rows of their own, one a segment.
+struct Ends {
+    /// Their rows among all tokens.
+    rows: Array,
+    /// Which segments they are of.
+    wanted: Vec<bool>,
+    packing: Packing,
+}
+
+/// Whether no segment needs more than the logits after its last token.
+pub(super) fn ends_only(step: &Step) -> bool {
+    step.segments.iter().all(|segment| output_length(segment) <= 1 && !segment.output.prompt_logprobs)
+}
+
+impl Shard {
+    /// All layers for such a step: `[ends, 1, D]`, or None when no token is read.
+    pub(super) fn forward_to_ends(
+        &self,
+        input: &Array,
+        layer_inputs: Option<Array>,
+        step: &Step,
+        run: &mut Run,
+    ) -> Result<Option<Array>, LmError> {
+        let layers = self.spec.layers_of(self.range.clone());
+        let own_caches = layers.iter().rposition(|layer| layer.mixer != Mixer::None && layer.mixer.source_layer().is_none());
+        let after_caches = own_caches.map_or(0, |last| last + 1);
+        let early = own_caches.filter(|last| matches!(self.layers[*last].mix, Some(Mix::Attention(_))));
+        let (x, layer_inputs) = self.forward_layers(input, layer_inputs, run, early.unwrap_or(after_caches))?;
+        let ends = Ends::of(step, run.packing);
+        let read = ends.as_ref().map(|ends| ends.rows_of(&x)).transpose()?;
+        let layer_inputs = match (&ends, layer_inputs) {
+            (Some(ends), Some(inputs)) => Some(ends.rows_of(&inputs)?),
+            _ => None,
+        };
+        let mut read = match early {
+            Some(last) => self.end_early(last, &x, ends.as_ref().zip(read), layer_inputs.as_ref(), run)?,
+            None => read,
+        };
+        if let (Some(ends), Some(x)) = (&ends, &mut read) {
+            for (i, layer) in self.layers.iter().enumerate().skip(after_caches) {
+                let flow = layer.before.forward(x, &ends.packing.offsets)?;
+                let mut caches = ends.wanted_of(run.caches.of_layer(&self.slots, i));
+                let mixed = layer.mix(&flow, &ends.packing, &mut caches)?;
+                *x = layer.after.forward(&mixed, &flow.beside, x, layer_inputs.as_ref())?;
+            }
+        }
+        Ok(read)
+    }
+
+    /// A layer with attention that fills its caches by all tokens `x`, and makes something of those that are read alone. What is not read
+    /// stays lazy, so it is never computed.
+    fn end_early(
+        &self,
+        layer: usize,
+        x: &Array,
+        read: Option<(&Ends, Array)>,
+        layer_inputs: Option<&Array>,
+        run: &mut Run,
+    ) -> Result<Option<Array>, LmError> {
+        let mut caches = run.caches.of_layer(&self.slots, layer);
+        let layer = &self.layers[layer];
+        fill(&layer.before.forward(x, &run.packing.offsets)?, run.packing, &mut caches)?;
+        let Some((ends, read)) = read else {
+            return Ok(None);
+        };
+        let flow = layer.before.forward(&read, &ends.packing.offsets)?;
+        let attended = attend(layer, &flow, ends, caches)?;
+        Ok(Some(layer.after.forward(&[attended], &flow.beside, &read, layer_inputs)?))
+    }
+}
+
+impl Ends {
+    /// None when the step reads nothing.
+    fn of(step: &Step, packing: &Packing) -> Option<Self> {
+        let rows = output_rows(step, packing);
+        let wanted: Vec<bool> = step.segments.iter().map(|segment| output_length(segment) > 0).collect();
+        let read = || step.segments.iter().zip(&wanted).filter_map(|(segment, wanted)| wanted.then_some(segment));
+        let span = |(row, segment): (i32, &Segment)| Span { sequence: segment.sequence, row, length: 1 };
+        let offsets: Vec<i32> = read().map(|segment| segment.start as i32 + segment.tokens.len() as i32 - 1).collect();
+        let n = rows.len() as i32;
+        let packing =
+            Packing { spans: (0..).zip(read()).map(span).collect(), batch: n, length: 1, offsets: Array::from_slice(&offsets, &[n]) };
+        (n > 0).then(|| Self { rows: Array::from_slice(&rows, &[n]), wanted, packing })
+    }
+
+    /// `[B, L, ..] -> [ends, 1, ..]`
+    fn rows_of(&self, x: &Array) -> Result<Array, LmError> {
+        let shape = [&[x.dim(0) * x.dim(1)], &x.shape()[2..]].concat();
+        Ok(x.reshape(&shape)?.take_axis(&self.rows, 0)?.expand_dims(1)?)
+    }
+
+    fn wanted_of<'a>(&self, caches: Vec<&'a mut Cache>) -> Vec<&'a mut Cache> {
+        caches.into_iter().zip(&self.wanted).filter_map(|(cache, wanted)| wanted.then_some(cache)).collect()
+    }
+}
+
+/// Appends the keys and values of all tokens to the caches of their segments.
+fn fill(flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<(), LmError> {
+    let [_, keys, values] = flow.mixed.as_slice() else {
+        return Err(LmError::Mlx("attention without keys and values".into()));
+    };
+    for (span, cache) in packing.spans.iter().zip(caches) {
+        let rows = |y: &Array| if packing.spans.len() == 1 { Ok(y.clone()) } else { own_rows(y, span) };
+        attention_of(cache)?.append(&rows(keys)?, &rows(values)?)?;
+    }
+    Ok(())
+}
+
+/// Attention of the tokens that are read over caches that hold them already: `[ends, heads, 1, head_dim]`.
+fn attend(layer: &Layer, flow: &Flow, ends: &Ends, caches: Vec<&mut Cache>) -> Result<Array, LmError> {
+    let (Some(Mix::Attention(attend)), [queries, ..]) = (&layer.mix, flow.mixed.as_slice()) else {
+        return Err(LmError::Mlx("only attention can end early".into()));
+    };
+    let mut attended = Vec::new();
+    for (row, cache) in (0..).zip(ends.wanted_of(caches)) {
+        let own = ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
+        attended.push(attend.forward(&[own], attention_of(cache)?)?);
+    }
+    Ok(ops::concatenate(&attended, 0)?)
+}
+
+fn attention_of(cache: &mut Cache) -> Result<&mut crate::cache::KvCache, LmError> {
+    match cache {
+        Cache::Attention(cache) => Ok(cache),
+        _ => Err(LmError::Mlx("attention met a cache of another kind".into())),
+    }
+}
