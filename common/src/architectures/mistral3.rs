@@ -33,7 +33,6 @@ fn read(source: Source, kind: &str) -> Result<ModelSpec, ConfigError> {
             "llama" | "mistral" => llama::read(source),
             "ministral3" => ministral3::read(source),
             "mistral4" => mistral4::read(source),
-            "mistral4" => mistral4::read(source),
             other => Err(source.unsupported(format!("a language model of type `{other}`"))),
         }
     })
