@@ -1,5 +1,5 @@
-//! Several residual streams, one of which each layer works on: AltUp (Baykal et al. 2023) with LAuReL (Menghani et al. 2024), as Gemma 3n has
-//! them. Streams stand side by side on the last axis: `[B, L, n · D]`.
+//! Several residual streams, one of which each layer works on: AltUp (Baykal et al. 2023) with LAuReL (Menghani et al. 2024). Streams stand
+//! side by side on the last axis: `[B, L, n · D]`.
 
 use super::norm::Norm;
 use crate::{error::LmError, ffi, linear::Linear, parameters::parameters, weights::Weights};

@@ -167,3 +167,20 @@ impl Parameters for Join {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clipped_stream_stays_within_f16() {
+        let sum = |dtype: Dtype| {
+            let x = Array::from_slice(&[60_000.0f32, -60_000.0, 1.0], &[1, 1, 3]).as_dtype(dtype).expect("casts");
+            let sum = Join::SerialClipped.add(&x, &x).expect("adds");
+            assert_eq!(sum.dtype(), dtype);
+            sum.as_dtype(Dtype::Float32).expect("casts").to_vec_exact::<f32>().expect("numbers")
+        };
+        assert_eq!(sum(Dtype::Float16), [65_504.0, -65_504.0, 2.0]);
+        assert_eq!(sum(Dtype::Float32), [120_000.0, -120_000.0, 2.0]);
+    }
+}
