@@ -2,6 +2,7 @@
 
 use crate::home::home;
 use anyhow::Context;
+use mlx_cluster_common::cache::CacheOptions;
 use mlx_cluster_coordinator::CoordinatorOptions;
 use mlx_cluster_worker::supervisor::{self, WorkerOptions};
 use std::{
@@ -31,7 +32,7 @@ struct Part {
 
 impl LocalCluster {
     /// Starts both parts under a name of their own, on free ports of loopback.
-    pub(crate) async fn start(model: &str, context_tokens: Option<u32>) -> anyhow::Result<Self> {
+    pub(crate) async fn start(model: &str, context_tokens: Option<u32>, caches: CacheOptions) -> anyhow::Result<Self> {
         let cluster = format!("alone-{}", uuid::Uuid::new_v4().simple());
         let [http, listen] = free_addresses().context("no free port on 127.0.0.1")?;
         let home = home()?;
@@ -41,6 +42,7 @@ impl LocalCluster {
             http,
             listen: Some(listen),
             context_tokens,
+            caches,
             wait_for_workers: WORKER_WAIT,
             home: home.clone(),
             quiet: true,

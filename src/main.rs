@@ -1,5 +1,6 @@
 //! The command line of mlx-cluster: one binary, one verb a file in [`cmd`].
 
+mod caches;
 mod client;
 mod cmd;
 mod failure;

@@ -1,6 +1,7 @@
 //! Which cluster `generate` and `chat` talk to: the one at `--url`, or a cluster of one that they start for themselves.
 
 use crate::{
+    caches::CacheArgs,
     client::Client,
     failure::{Exit, Failure},
     local_cluster::LocalCluster,
@@ -26,6 +27,8 @@ pub(crate) struct TargetArgs {
     /// Longest sequence, prompt and answer together, when a cluster of one is started
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
+    #[command(flatten)]
+    caches: CacheArgs,
 }
 
 /// A cluster that is ready to answer.
@@ -41,10 +44,18 @@ impl Target {
     pub(crate) async fn reach(args: &TargetArgs, stop: &CancellationToken) -> anyhow::Result<Self> {
         let client = Client::new(&args.url)?;
         let found = client.cluster().await;
+        let caches = args.caches.options()?;
+        if let (Ok(_), Some(flag)) = (&found, args.caches.given()) {
+            let message = format!(
+                "the coordinator at {} has decided already how keys and values are kept: leave {flag} out, or start it so",
+                args.url
+            );
+            return Err(Failure::new(Exit::Usage, message).into());
+        }
         let mut target = match (found, &args.model) {
             (Ok(_), _) => Self { client, model: String::new(), local: None },
             (Err(_), Some(model)) => {
-                let local = LocalCluster::start(model, args.context).await?;
+                let local = LocalCluster::start(model, args.context, caches).await?;
                 Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
             }
             (Err(cause), None) => {

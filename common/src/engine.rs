@@ -1,6 +1,7 @@
 //! What an engine process is told to be, and how it is linked to the others of its instance.
 
 use crate::{
+    cache::{CacheOptions, CacheReservation},
     ids::{EngineId, Epoch, NodeId},
     units::Bytes,
 };
@@ -42,6 +43,9 @@ pub struct EngineSpec {
     pub cache_tokens: u64,
     /// What the plan reserves on the node for this engine.
     pub memory: Bytes,
+    pub caches: CacheOptions,
+    /// What each sequence counts for against `cache_tokens`.
+    pub reservation: CacheReservation,
 }
 
 impl EngineSpec {

@@ -1,6 +1,7 @@
 //! The nouns of mlx-cluster, without clock, disk, network or MLX: what coordinator and workers both speak of.
 
 pub mod architectures;
+pub mod cache;
 pub mod config;
 pub mod dtype;
 pub mod engine;
@@ -15,7 +16,7 @@ pub mod units;
 pub mod weights;
 
 /// Nodes work together only when they speak the same version of the wire protocol; raised with every incompatible change.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The version of this build, as `--version` prints it.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,6 +1,10 @@
 //! The decision which node holds which layers, and why, in a form that can be printed before anything loads.
 
-use crate::{ids::NodeId, units::Bytes};
+use crate::{
+    cache::{CacheOptions, CacheReservation},
+    ids::NodeId,
+    units::Bytes,
+};
 use serde::{Deserialize, Serialize};
 use std::{fmt, ops::Range, str::FromStr};
 
@@ -43,6 +47,9 @@ pub struct Plan {
     pub context_tokens: u32,
     /// Tokens that the caches of all sequences together may hold, on every stage.
     pub cache_tokens: u64,
+    pub caches: CacheOptions,
+    /// What each sequence counts for against `cache_tokens`.
+    pub reservation: CacheReservation,
     pub stages: Vec<Stage>,
     /// How the split came about, in a sentence.
     pub why: String,
@@ -70,7 +77,7 @@ impl Stage {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { model, strategy, context_tokens, cache_tokens, stages, why } = self;
+        let Plan { model, strategy, context_tokens, cache_tokens, stages, why, .. } = self;
         let n = stages.len();
         writeln!(
             f,

@@ -8,6 +8,7 @@ use crate::{
     model,
 };
 use mlx_cluster_common::{
+    cache::CacheOptions,
     engine::NodeFacts,
     ids::{ClusterName, NodeId},
     plan::{Plan, Strategy},
@@ -38,6 +39,7 @@ pub struct PlanOnlyOptions {
     pub strategy: Strategy,
     pub split: Option<Vec<u32>>,
     pub context_tokens: Option<u32>,
+    pub caches: CacheOptions,
     pub nodes: PlanNodes,
 }
 
@@ -57,6 +59,7 @@ pub async fn plan_only(options: PlanOnlyOptions) -> Result<Plan, CoordinatorErro
         strategy: options.strategy,
         split: options.split,
         context_tokens: options.context_tokens,
+        caches: options.caches,
         min_stages: 1,
     };
     Ok(placement::plan(&facts.spec, &facts.weights, &nodes, &plan_options)?)

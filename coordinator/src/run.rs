@@ -15,6 +15,7 @@ use crate::{
     serving::{ClusterStatus, InstanceState, Serving},
 };
 use mlx_cluster_common::{
+    cache::CacheOptions,
     ids::{ClusterName, NodeId},
     plan::Strategy,
     request::EngineLoad,
@@ -60,6 +61,8 @@ pub struct CoordinatorOptions {
     /// Layers of each stage, the most capable worker first.
     pub split: Option<Vec<u32>>,
     pub context_tokens: Option<u32>,
+    /// How keys and values are kept.
+    pub caches: CacheOptions,
     /// The folder for this machine's own state.
     pub home: PathBuf,
     /// When `min_workers` are not there after this, the coordinator ends with an error.
@@ -79,6 +82,7 @@ impl Default for CoordinatorOptions {
             strategy: Strategy::Auto,
             split: None,
             context_tokens: None,
+            caches: CacheOptions::default(),
             home: PathBuf::new(),
             wait_for_workers: Duration::from_secs(120),
             quiet: false,
@@ -211,6 +215,7 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
         strategy: options.strategy,
         split: options.split.clone(),
         context_tokens: options.context_tokens,
+        caches: options.caches,
         wait: Some(options.wait_for_workers),
     }
 }

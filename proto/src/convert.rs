@@ -3,6 +3,7 @@
 use crate::wire;
 use mlx_cluster_common::{
     PROTOCOL_VERSION, VERSION,
+    cache::{CacheError, CacheOptions, CacheReservation, KvQuantization},
     engine::{EngineSpec, EngineState, EngineStatus, Link, ModelSource, NodeFacts, Peer},
     ids::{EngineId, Epoch, NodeId, SequenceId},
     request::{Delivery, EngineLoad, FinishReason, SessionCommand, Submission, TokenOut},
@@ -69,6 +70,8 @@ impl From<EngineSpec> for wire::EngineSpec {
             context_tokens: spec.context_tokens,
             cache_tokens: spec.cache_tokens,
             memory_bytes: spec.memory.0,
+            caches: Some(spec.caches.into()),
+            reservation: Some(spec.reservation.into()),
         }
     }
 }
@@ -94,7 +97,44 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
             context_tokens: spec.context_tokens,
             cache_tokens: spec.cache_tokens,
             memory: Bytes(spec.memory_bytes),
+            caches: spec.caches.ok_or(WireError::Missing("caches"))?.try_into()?,
+            reservation: spec.reservation.ok_or(WireError::Missing("reservation"))?.into(),
         })
+    }
+}
+
+impl From<CacheOptions> for wire::CacheOptions {
+    fn from(options: CacheOptions) -> Self {
+        let quantization = options.quantization.map(|quantization| wire::KvQuantization {
+            bits: quantization.bits(),
+            group_size: quantization.group_size(),
+            start: quantization.start(),
+        });
+        Self { quantization, max_kv_size: options.max_kv_size }
+    }
+}
+
+impl TryFrom<wire::CacheOptions> for CacheOptions {
+    type Error = WireError;
+
+    fn try_from(options: wire::CacheOptions) -> Result<Self, WireError> {
+        let invalid = |error: CacheError| WireError::Invalid { field: "caches", value: error.to_string() };
+        let quantization = options.quantization.map(|of| KvQuantization::new(of.bits, Some(of.group_size), Some(of.start)));
+        CacheOptions::new(quantization.transpose().map_err(invalid)?, options.max_kv_size).map_err(invalid)
+    }
+}
+
+impl From<CacheReservation> for wire::CacheReservation {
+    fn from(reservation: CacheReservation) -> Self {
+        let CacheReservation { held_max, plain_tokens, plain_percent } = reservation;
+        Self { held_max, plain_tokens, plain_percent }
+    }
+}
+
+impl From<wire::CacheReservation> for CacheReservation {
+    fn from(reservation: wire::CacheReservation) -> Self {
+        let wire::CacheReservation { held_max, plain_tokens, plain_percent } = reservation;
+        Self { held_max, plain_tokens, plain_percent }
     }
 }
 
@@ -467,6 +507,25 @@ mod tests {
         let tensor = wire::Tensor { name: "hidden".into(), dtype: "F32".into(), shape: vec![3, 2], data: vec![1u8; 24].into() };
         let frame = wire::StepFrame::new(step(), vec![tensor.clone()]);
         assert_eq!(frame.into_step(), Ok((step(), vec![tensor])));
+    }
+
+    #[test]
+    fn an_engine_survives_the_wire() {
+        let quantization = KvQuantization::new(4, Some(32), Some(100)).expect("allowed");
+        let spec = EngineSpec {
+            id: EngineId("a".into()),
+            model: ModelSource::Folder("/model".into()),
+            fingerprint: 1,
+            stage: 1,
+            n_stages: 2,
+            layers: 3..5,
+            context_tokens: 4096,
+            cache_tokens: 8192,
+            memory: Bytes(7),
+            caches: CacheOptions { quantization: Some(quantization), max_kv_size: Some(64) },
+            reservation: CacheReservation { held_max: 64, plain_tokens: 100, plain_percent: 356 },
+        };
+        assert_eq!(EngineSpec::try_from(wire::EngineSpec::from(spec.clone())), Ok(spec));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::worker::{DEFAULT_CLUSTER, cluster_name};
 use crate::{
+    caches::CacheArgs,
     client::Client,
     home::home,
     progress::{self, Detail},
@@ -54,6 +55,8 @@ pub(crate) struct CoordinatorArgs {
     /// Longest sequence, prompt and answer together; what the model was made for unless given
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
+    #[command(flatten)]
+    caches: CacheArgs,
     /// Give up when the workers are not there after so long
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     wait: u64,
@@ -72,6 +75,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         strategy: args.strategy,
         split: args.split,
         context_tokens: args.context,
+        caches: args.caches.options()?,
         home: home()?,
         wait_for_workers: Duration::from_secs(args.wait),
         quiet: false,

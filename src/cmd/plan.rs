@@ -1,7 +1,7 @@
 //! `mlx-cluster plan`: what a coordinator would do, without any engine.
 
 use super::worker::{DEFAULT_CLUSTER, cluster_name};
-use crate::signals;
+use crate::{caches::CacheArgs, signals};
 use mlx_cluster_common::{plan::Strategy, units::Bytes};
 use mlx_cluster_coordinator::{PlanNodes, PlanOnlyOptions, plan_only};
 use std::time::Duration;
@@ -35,6 +35,8 @@ pub(crate) struct PlanArgs {
     /// Longest sequence, prompt and answer together
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
+    #[command(flatten)]
+    caches: CacheArgs,
 }
 
 pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
@@ -42,7 +44,14 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         true => PlanNodes::Discover { cluster: args.cluster.as_str().into(), wait: Duration::from_secs(args.wait) },
         false => PlanNodes::Memory(args.memory),
     };
-    let options = PlanOnlyOptions { model: args.model, strategy: args.strategy, split: args.split, context_tokens: args.context, nodes };
+    let options = PlanOnlyOptions {
+        model: args.model,
+        strategy: args.strategy,
+        split: args.split,
+        context_tokens: args.context,
+        caches: args.caches.options()?,
+        nodes,
+    };
     let plan = signals::until_stopped(async |stop| match stop.run_until_cancelled(plan_only(options)).await {
         Some(plan) => Ok(plan?),
         None => Err(crate::target::interrupted()),

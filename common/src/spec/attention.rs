@@ -184,6 +184,11 @@ impl AttentionSpec {
         }
     }
 
+    /// Numbers of a key and of a value, for each of the key-value heads.
+    pub fn cached_dims(&self) -> [u32; 2] {
+        [self.head_dim; 2]
+    }
+
     /// The layer whose cache this one reads instead of having its own.
     pub fn source_layer(&self) -> Option<u32> {
         match &self.projections {

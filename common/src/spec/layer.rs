@@ -183,7 +183,7 @@ impl Mixer {
     pub fn cache_elements_per_token(&self) -> u64 {
         match self {
             Mixer::Attention(spec) if spec.source_layer().is_some() => 0,
-            Mixer::Attention(spec) => 2 * u64::from(spec.n_kv_heads) * u64::from(spec.head_dim),
+            Mixer::Attention(spec) => u64::from(spec.n_kv_heads) * spec.cached_dims().map(u64::from).iter().sum::<u64>(),
             Mixer::Latent(spec) => spec.cache_elements_per_token(),
             Mixer::Parallel(mixers) => mixers.iter().map(Mixer::cache_elements_per_token).sum(),
             _ => 0,

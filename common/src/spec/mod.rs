@@ -145,11 +145,6 @@ impl ModelSpec {
         }
     }
 
-    /// Bytes that the caches of these layers take for each token of a sequence; what lies behind a window is not counted off.
-    pub fn cache_bytes_per_token(&self, layers: Range<u32>, dtype: DType) -> u64 {
-        self.layers_of(layers).iter().map(|layer| layer.mixer.cache_elements_per_token() * dtype.size()).sum()
-    }
-
     /// Bytes that a sequence takes in these layers however long it is. Recurrent states are kept in f32.
     pub fn state_bytes(&self, layers: Range<u32>) -> u64 {
         self.layers_of(layers).iter().map(|layer| layer.mixer.state_elements() * DType::F32.size()).sum()

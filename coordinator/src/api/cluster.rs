@@ -24,6 +24,7 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
             "strategy": plan.strategy,
             "context_tokens": plan.context_tokens,
             "cache_tokens": plan.cache_tokens,
+            "caches": plan.caches,
             "stages": plan.stages.iter().map(stage_json).collect::<Vec<_>>(),
             "why": plan.why,
             "text": plan.to_string(),

@@ -56,6 +56,8 @@ impl Deployment {
             context_tokens: plan.context_tokens,
             cache_tokens: plan.cache_tokens,
             memory: of.needed(),
+            caches: plan.caches,
+            reservation: plan.reservation,
         };
         let engines = (0..n_stages).zip(&plan.stages).map(engine).collect();
         Self { plan, engines, linked: Vec::new(), failures: BTreeMap::new(), link_failures: 0 }

@@ -3,6 +3,7 @@
 use super::placement::WhyNot;
 use crate::serving::{Admitted, RequestEvent};
 use mlx_cluster_common::{
+    cache::CacheOptions,
     engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts},
     ids::{Epoch, NodeId, SequenceId},
     plan::{Plan, Strategy},
@@ -33,6 +34,7 @@ pub struct Settings {
     pub strategy: Strategy,
     pub split: Option<Vec<u32>>,
     pub context_tokens: Option<u32>,
+    pub caches: CacheOptions,
     /// How long to wait for the first `min_workers`; None waits for ever.
     pub wait: Option<Duration>,
 }

@@ -160,6 +160,7 @@ impl Cluster {
             strategy: self.settings.strategy,
             split: self.settings.split.clone(),
             context_tokens: self.settings.context_tokens,
+            caches: self.settings.caches,
             min_stages,
         }
     }

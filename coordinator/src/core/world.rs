@@ -8,6 +8,7 @@ use super::{
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent};
 use mlx_cluster_common::{
+    cache::CacheOptions,
     engine::{EngineSpec, EngineState, EngineStatus, ModelSource},
     ids::{Epoch, NodeId, SequenceId},
     plan::{Plan, Strategy},
@@ -37,6 +38,7 @@ pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
         strategy,
         split: None,
         context_tokens: None,
+        caches: CacheOptions::default(),
         wait: Some(Duration::from_secs(120)),
     }
 }

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,10 +56,15 @@ class Wanted:
 def reference(folder: Path, prompt: list[int], one_by_one: bool) -> Wanted:
     """`one_by_one` feeds single tokens, where mlx-lm's answer depends on how a prompt is cut: a token alone sees just what is before it."""
     model, _ = load_model(folder)
-    cache, wanted = make_prompt_cache(model), Wanted()
+    cache = make_prompt_cache(model)
     pieces = [[token] for token in prompt] if one_by_one else [prompt]
     logits = mx.concatenate([model(mx.array([piece]), cache=cache) for piece in pieces], axis=1)[0]
-    rows = normalised(logits)
+    return continued(logits, prompt, lambda tokens: model(mx.array([tokens]), cache=cache)[0])
+
+
+def continued(logits: mx.array, prompt: list[int], step: Callable[[list[int]], mx.array]) -> Wanted:
+    """From the logits of a prompt's tokens to the greedy continuation; `step` gives the logits of the tokens that come next."""
+    wanted, rows = Wanted(), normalised(logits)
     wanted.prompt_logprobs = [rows[i, token].item() for i, token in enumerate(prompt[1:])]
     row = rows[-1]
     for _ in range(NEW_TOKENS):
@@ -67,7 +73,7 @@ def reference(folder: Path, prompt: list[int], one_by_one: bool) -> Wanted:
         wanted.tokens.append(token)
         wanted.logprobs.append(row[token].item())
         wanted.margins.append(first - second)
-        row = normalised(model(mx.array([[token]]), cache=cache))[0, -1]
+        row = normalised(step([token]))[-1]
     return wanted
 
 
@@ -76,9 +82,9 @@ def normalised(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def ask(folder: Path, prompts: list[list[int]], layouts: list[list[int]]) -> list[dict]:
+def ask(folder: Path, prompts: list[list[int]], layouts: list[list[int]], options: dict | None = None) -> list[dict]:
     binary = Path(os.environ.get("MLX_CLUSTER_PARITY", root / "target" / "debug" / "examples" / "parity"))
-    request = json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS, "chunks": CHUNKS, "layouts": layouts})
+    request = json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS, "chunks": CHUNKS, "layouts": layouts, **(options or {})})
     run = subprocess.run([binary, folder], input=request + "\n", capture_output=True, text=True, timeout=300)
     if run.returncode:
         raise RuntimeError(run.stderr.strip()[-400:])

@@ -4,6 +4,7 @@
 
 use mlx_cluster_common::{
     architectures::read_spec,
+    cache::CacheOptions,
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
     step::{Admission, Output, Segment, Step, Token},
@@ -84,5 +85,5 @@ fn load(folder: &Path) -> Result<Shard, Box<dyn Error>> {
     let index = mlx_cluster_hub::folder_weight_index(folder)?;
     let map = WeightMap::assign(&spec, &index)?;
     let weights = Weights::load(folder, &index, &map, &spec.parts(), |_| {})?;
-    Ok(Shard::new(&spec, 0..spec.n_layers(), weights)?)
+    Ok(Shard::new(&spec, 0..spec.n_layers(), weights, &CacheOptions::default())?)
 }

@@ -2,10 +2,12 @@
 //!
 //! `parity MODEL_FOLDER` reads one line of JSON on stdin, `{"prompts": [[ids]], "new_tokens": n, "chunks": n, "layouts": [[first layers]]}`, and
 //! prints a line for each layout: each prompt alone, the first one in chunks, all of them in one batch, and all of them in one batch and in
-//! chunks whose prompts are not scored.
+//! chunks whose prompts are not scored. `"kv_bits"`, `"kv_group_size"`, `"quantized_kv_start"` and `"max_kv_size"` may say how keys and values
+//! are kept.
 
 use mlx_cluster_common::{
     architectures::read_spec,
+    cache::{CacheError, CacheOptions, KvQuantization},
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
     spec::ModelSpec,
@@ -26,6 +28,17 @@ struct Request {
     chunks: usize,
     /// For each layout the first layers of its stages but the first.
     layouts: Vec<Vec<u32>>,
+    kv_bits: Option<u32>,
+    kv_group_size: Option<u32>,
+    quantized_kv_start: Option<u32>,
+    max_kv_size: Option<u32>,
+}
+
+impl Request {
+    fn caches(&self) -> Result<CacheOptions, CacheError> {
+        let quantization = self.kv_bits.map(|bits| KvQuantization::new(bits, self.kv_group_size, self.quantized_kv_start));
+        CacheOptions::new(quantization.transpose()?, self.max_kv_size)
+    }
 }
 
 /// What became of a prompt.
@@ -56,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let index = mlx_cluster_hub::folder_weight_index(folder)?;
     let map = WeightMap::assign(&spec, &index)?;
     for cuts in &request.layouts {
-        let mut pipeline = Pipeline::load(folder, &spec, &index, &map, cuts)?;
+        let mut pipeline = Pipeline::load(folder, &spec, &index, &map, cuts, &request.caches()?)?;
         println!("{}", serde_json::to_string(&answers(&mut pipeline, &request, cuts)?)?);
     }
     Ok(())
@@ -81,13 +94,20 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn load(folder: &Path, spec: &ModelSpec, index: &WeightIndex, map: &WeightMap, cuts: &[u32]) -> Result<Self, Box<dyn Error>> {
+    fn load(
+        folder: &Path,
+        spec: &ModelSpec,
+        index: &WeightIndex,
+        map: &WeightMap,
+        cuts: &[u32],
+        caches: &CacheOptions,
+    ) -> Result<Self, Box<dyn Error>> {
         let starts = [0].iter().chain(cuts).copied();
         let ends = cuts.iter().copied().chain([spec.n_layers()]);
         let mut stages = Vec::new();
         for (start, end) in starts.zip(ends) {
             let weights = Weights::load(folder, index, map, &spec.parts_of(start..end), |_| {})?;
-            stages.push(Shard::new(spec, start..end, weights)?);
+            stages.push(Shard::new(spec, start..end, weights, caches)?);
         }
         Ok(Self { stages, number: 0 })
     }

@@ -1,6 +1,6 @@
 //! What can go wrong in the maths.
 
-use mlx_cluster_common::ids::SequenceId;
+use mlx_cluster_common::{cache::CacheError, ids::SequenceId};
 use mlx_rs::error::Exception;
 
 /// A step that failed leaves the caches undefined: the engine has to drop all sequences, or end.
@@ -22,6 +22,8 @@ pub enum LmError {
     UnknownSequence { sequence: SequenceId },
     #[error("sequence {sequence}: the step starts at token {start}, the caches hold {held}")]
     OutOfStep { sequence: SequenceId, start: u32, held: u32 },
+    #[error(transparent)]
+    Caches(#[from] CacheError),
     #[error("the step needs {wanted} as input, it came with {found}")]
     WrongInput { wanted: String, found: String },
 }

@@ -49,7 +49,7 @@ impl Matrix {
     }
 
     /// A stack of matrices, each to its own part of `x` `[.., stack, rows, input]`: `x Wᵀ`, or `x W` without `transpose`.
-    fn apply_each(&self, x: &Array, transpose: bool) -> Result<Array, LmError> {
+    pub(crate) fn apply_each(&self, x: &Array, transpose: bool) -> Result<Array, LmError> {
         match self {
             Matrix::Dense { weight } if transpose => Ok(ops::matmul(x, weight.swap_axes(-1, -2)?)?),
             Matrix::Dense { weight } => Ok(ops::matmul(x, weight)?),

@@ -6,7 +6,7 @@ use crate::{
     error::LmError,
     packing::Packing,
 };
-use mlx_cluster_common::{ids::SequenceId, spec::ModelSpec, step::Step};
+use mlx_cluster_common::{cache::CacheOptions, ids::SequenceId, spec::ModelSpec, step::Step};
 use mlx_rs::Array;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,16 +25,16 @@ pub(crate) struct CacheSlots {
 }
 
 impl CacheSlots {
-    pub(crate) fn new(spec: &ModelSpec, layers: Range<u32>) -> Result<Self, LmError> {
+    pub(crate) fn new(spec: &ModelSpec, layers: Range<u32>, options: &CacheOptions) -> Result<Self, LmError> {
         let mut slots = Self { of_layer: Vec::new(), copies: Vec::new(), empty: Vec::new() };
         let sources: BTreeSet<u32> = spec.layers_of(layers.clone()).iter().filter_map(|layer| layer.mixer.source_layer()).collect();
         for source in sources.into_iter().filter(|source| *source < layers.start) {
-            let mixer = spec.layers.get(source as usize).and_then(|layer| empty_cache(&layer.mixer));
+            let mixer = spec.layers.get(source as usize).and_then(|layer| empty_cache(&layer.mixer, options));
             slots.copies.push((source, slots.empty.len()));
             slots.empty.push(mixer.ok_or_else(|| LmError::Mlx(format!("layer {source} has no cache that others could read")))?);
         }
         for layer in spec.layers_of(layers.clone()) {
-            let slot = match (layer.mixer.source_layer(), empty_cache(&layer.mixer)) {
+            let slot = match (layer.mixer.source_layer(), empty_cache(&layer.mixer, options)) {
                 (Some(source), _) => Some(slots.find(source, layers.start)?),
                 (None, Some(cache)) => {
                     slots.empty.push(cache);
@@ -143,7 +143,7 @@ impl StepCaches {
         for ((_, sequence), span) in self.taken.iter_mut().zip(&packing.spans) {
             let own = |y: &Array| if single { Ok(y.clone()) } else { own_rows(y, span) };
             match sequence.caches.get_mut(*slot) {
-                Some(Cache::Attention(cache)) => drop(cache.append(&own(keys)?, &own(values)?)?),
+                Some(Cache::Attention(cache)) => cache.extend(&[&own(keys)?, &own(values)?])?,
                 _ => return Err(LmError::Mlx(format!("layer {source} has no keys and values that others could read"))),
             }
         }

@@ -17,6 +17,7 @@ use crate::{
 };
 use ends_only::ends_only;
 use mlx_cluster_common::{
+    cache::CacheOptions,
     ids::{Epoch, SequenceId},
     sampling::SamplingParams,
     spec::{CutTensor, ModelSpec},
@@ -61,8 +62,9 @@ pub struct PendingResult {
 }
 
 impl Shard {
-    /// Builds the blocks for `layers` from weights that hold exactly their parts.
-    pub fn new(spec: &ModelSpec, layers: Range<u32>, mut weights: Weights) -> Result<Self, LmError> {
+    /// Builds the blocks for `layers` from weights that hold exactly their parts; `caches` say how keys and values are kept.
+    pub fn new(spec: &ModelSpec, layers: Range<u32>, mut weights: Weights, caches: &CacheOptions) -> Result<Self, LmError> {
+        caches.check(spec)?;
         let (first, last) = (layers.start == 0, layers.end == spec.n_layers());
         let needed = first || (last && spec.head.may_be_tied());
         let embedding = needed.then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
@@ -78,7 +80,7 @@ impl Shard {
         let ends = Ends { entry, exit };
         let pieces = Pieces::new(&blocks, &ends, !first && spec.layer_inputs.is_some());
         Ok(Self {
-            slots: CacheSlots::new(spec, layers.clone())?,
+            slots: CacheSlots::new(spec, layers.clone(), caches)?,
             passed_on: spec.shared_across(layers.end),
             spec: spec.clone(),
             range: layers,

@@ -36,8 +36,9 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
             progress(done, total);
         }
     });
-    let mut shard =
-        Shard::new(&spec, boot.spec.layers.clone(), weights.map_err(|error| error.to_string())?).map_err(|error| error.to_string())?;
+    let weights = weights.map_err(|error| error.to_string())?;
+    let shard = Shard::new(&spec, boot.spec.layers.clone(), weights, &boot.spec.caches);
+    let mut shard = shard.map_err(|error| error.to_string())?;
     let alone = alone_on_this_machine();
     let warmed = shard.warm_up();
     drop(alone);

@@ -113,6 +113,7 @@ fn limits(boot: &Boot, part_multiple: u32) -> Limits {
         n_stages: spec.n_stages,
         context_tokens: spec.context_tokens,
         cache_tokens: spec.cache_tokens,
+        reservation: spec.reservation,
         prefill_tokens: PREFILL_TOKENS,
         scored_tokens: SCORED_TOKENS,
         part_multiple,

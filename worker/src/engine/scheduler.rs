@@ -6,6 +6,7 @@
 //! With one stage there is one group and its next step is scheduled while the step before it runs, on tokens that are not known yet.
 
 use mlx_cluster_common::{
+    cache::CacheReservation,
     ids::{Epoch, SequenceId},
     request::{Delivery, EngineLoad, FinishReason, Submission},
     step::{Admission, Output, Segment, Step, StepResult, Token},
@@ -30,6 +31,8 @@ pub(super) struct Limits {
     pub(super) context_tokens: u32,
     /// Tokens that all caches together may hold.
     pub(super) cache_tokens: u64,
+    /// What each sequence counts for against them.
+    pub(super) reservation: CacheReservation,
     /// Prompt tokens of a step, at most.
     pub(super) prefill_tokens: u32,
     /// The same for prompts whose log-probabilities are wanted: each of their tokens costs a row of logits.
@@ -179,7 +182,7 @@ impl BatchScheduler {
 
     fn remove(&mut self, sequence: SequenceId) {
         if let Some(removed) = self.sequences.remove(&sequence) {
-            self.cache_tokens_reserved -= u64::from(removed.tokens_max);
+            self.cache_tokens_reserved -= self.limits.reservation.of(removed.tokens_max);
             self.prefilling.retain(|other| *other != sequence);
             if removed.admitted {
                 self.releases.push(sequence);
@@ -228,13 +231,14 @@ impl BatchScheduler {
         while let Some(submission) = self.waiting.front() {
             let prompt = submission.prompt.len() as u64;
             let tokens_max = (prompt + u64::from(submission.params.max_tokens)).min(u64::from(self.limits.context_tokens)) as u32;
-            let fits = self.cache_tokens_reserved + u64::from(tokens_max) <= self.limits.cache_tokens;
+            let reserved = self.limits.reservation.of(tokens_max);
+            let fits = self.cache_tokens_reserved + reserved <= self.limits.cache_tokens;
             if !fits || self.sequences.len() >= SEQUENCES_MAX {
                 return;
             }
             let Some(submission) = self.waiting.pop_front() else { return };
             let sequence = submission.sequence;
-            self.cache_tokens_reserved += u64::from(tokens_max);
+            self.cache_tokens_reserved += reserved;
             self.prefilling.push_back(sequence);
             let state = Sequence { submission, read: 0, drawn: 0, generated: 0, last: None, group: 0, tokens_max, admitted: false };
             self.sequences.insert(sequence, state);

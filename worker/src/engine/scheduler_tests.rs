@@ -5,7 +5,15 @@ use mlx_cluster_common::{request::TokenOut, sampling::SamplingParams, step::Segm
 use std::collections::BTreeSet;
 
 fn limits(n_stages: u32) -> Limits {
-    Limits { n_stages, context_tokens: 1000, cache_tokens: 4000, prefill_tokens: 64, scored_tokens: 16, part_multiple: 1 }
+    Limits {
+        n_stages,
+        context_tokens: 1000,
+        cache_tokens: 4000,
+        reservation: CacheReservation::default(),
+        prefill_tokens: 64,
+        scored_tokens: 16,
+        part_multiple: 1,
+    }
 }
 
 fn submission(sequence: u64, prompt: u32, max_tokens: u32) -> Submission {
@@ -154,6 +162,19 @@ fn a_long_prompt_takes_turns_with_running_sequences_and_short_prompts() {
     }
     assert!(decodes >= 9, "every other step is a decode step, not {decodes} of 20");
     assert!(short_read_after.expect("read") <= 2);
+}
+
+#[test]
+fn a_sequence_reserves_what_the_caches_hold_of_it() {
+    let reservation = CacheReservation { held_max: 400, ..CacheReservation::default() };
+    let mut scheduler = BatchScheduler::new(Limits { reservation, ..limits(1) });
+    for sequence in 0..11 {
+        assert_eq!(scheduler.submit(submission(sequence, 500, 400)), None);
+    }
+    assert!(scheduler.has_step());
+    assert_eq!((scheduler.load().cache_tokens_used, scheduler.load().waiting), (4000, 1));
+    run(&mut scheduler, 0, 9999);
+    assert_eq!(scheduler.load().cache_tokens_used, 0);
 }
 
 #[test]

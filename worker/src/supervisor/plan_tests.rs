@@ -1,7 +1,10 @@
 //! Engines that come up, die, wait, are given up and are stopped, on a clock that the tests move.
 
 use super::*;
-use mlx_cluster_common::engine::ModelSource;
+use mlx_cluster_common::{
+    cache::{CacheOptions, CacheReservation},
+    engine::ModelSource,
+};
 
 fn spec(id: &str, layers_end: u32) -> EngineSpec {
     EngineSpec {
@@ -14,6 +17,8 @@ fn spec(id: &str, layers_end: u32) -> EngineSpec {
         context_tokens: 128,
         cache_tokens: 1024,
         memory: Bytes(1 << 20),
+        caches: CacheOptions::default(),
+        reservation: CacheReservation::default(),
     }
 }
 

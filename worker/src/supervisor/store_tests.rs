@@ -2,6 +2,7 @@
 
 use super::*;
 use mlx_cluster_common::{
+    cache::{CacheOptions, CacheReservation},
     dtype::DType,
     spec::{ModelSpec, Weight},
     weights::{TensorEntry, WeightIndex},
@@ -24,6 +25,8 @@ fn spec(model: ModelSource) -> EngineSpec {
         context_tokens: 128,
         cache_tokens: 1024,
         memory: Bytes(1 << 20),
+        caches: CacheOptions::default(),
+        reservation: CacheReservation::default(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! A whole worker on loopback, with engines that are shell scripts, held by a coordinator that is this test.
 
 use super::*;
+use mlx_cluster_common::cache::{CacheOptions, CacheReservation};
 use mlx_cluster_common::engine::{EngineSpec, EngineState, EngineStatus, ModelSource};
 use mlx_cluster_proto::wire;
 use std::path::Path;
@@ -113,6 +114,8 @@ fn spec(folder: &Path) -> EngineSpec {
         context_tokens: 128,
         cache_tokens: 1024,
         memory: Bytes(1 << 20),
+        caches: CacheOptions::default(),
+        reservation: CacheReservation::default(),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::fake::{EOS, Fake, Step, ready};
 use crate::serving::{ClusterStatus, InstanceState, RequestFailure, WorkerStatus};
 use mlx_cluster_common::{
+    cache::{CacheOptions, CacheReservation},
     engine::{EngineState, NodeFacts},
     plan::{Plan, Stage, Strategy},
     request::FinishReason,
@@ -47,6 +48,8 @@ fn with_worker() -> ClusterStatus {
         strategy: Strategy::Auto,
         context_tokens: 200,
         cache_tokens: 400,
+        caches: CacheOptions::default(),
+        reservation: CacheReservation::default(),
         stages: vec![stage],
         why: "one worker holds it".into(),
     };

@@ -1,6 +1,7 @@
 //! Bytes that a stage takes: weights, caches, and what it works in.
 
 use mlx_cluster_common::{
+    cache::CacheOptions,
     dtype::DType,
     spec::{ExpertInputs, LayerSpec, ModelSpec, Part, Weight},
     weights::WeightMap,
@@ -38,13 +39,13 @@ pub(super) struct Costs {
 }
 
 impl Costs {
-    pub(super) fn new(spec: &ModelSpec, map: &WeightMap) -> Self {
-        let dtype = map.activation_dtype.unwrap_or(DType::F16);
+    pub(super) fn new(spec: &ModelSpec, map: &WeightMap, caches: &CacheOptions) -> Self {
+        let dtype = activation_dtype(map);
         let (mut layer_weights, mut layer_cache, mut layer_state, mut layer_read) = (vec![0], vec![0], vec![0], vec![0]);
         let (mut weights, mut cache, mut state, mut read) = (0u64, 0u64, 0u64, 0u64);
         for (i, layer) in (0u32..).zip(&spec.layers) {
             weights += map.part_bytes(Part::Layer(i));
-            cache += spec.cache_bytes_per_token(i..i + 1, dtype);
+            cache += caches.bytes_per_token(spec, i..i + 1, dtype);
             state += spec.state_bytes(i..i + 1);
             read += read_bytes(layer, map, i);
             layer_weights.push(weights);
@@ -104,6 +105,11 @@ impl Costs {
     pub(super) fn read(&self, layers: &Range<u32>) -> u64 {
         between(&self.layer_read, layers) + if layers.end == self.n_layers { self.head_read } else { 0 }
     }
+}
+
+/// What keys and values have before they are quantised.
+pub(super) fn activation_dtype(map: &WeightMap) -> DType {
+    map.activation_dtype.unwrap_or(DType::F16)
 }
 
 fn between(sums: &[u64], layers: &Range<u32>) -> u64 {

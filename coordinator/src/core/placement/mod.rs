@@ -11,6 +11,7 @@ pub use why_not::{NodeMemory, WhyNot};
 
 use costs::Costs;
 use mlx_cluster_common::{
+    cache::{CacheOptions, CacheReservation},
     engine::NodeFacts,
     plan::{Plan, Stage, Strategy},
     spec::{ModelSpec, Part},
@@ -41,6 +42,7 @@ pub struct PlanOptions {
     /// Layers of each stage, exactly.
     pub split: Option<Vec<u32>>,
     pub context_tokens: Option<u32>,
+    pub caches: CacheOptions,
     /// Fewer stages than this are refused.
     pub min_stages: usize,
 }
@@ -54,6 +56,10 @@ enum Balance {
 
 struct Planner<'a> {
     costs: Costs,
+    /// What a token would take in caches of the plain kind.
+    plain_cache: u64,
+    caches: CacheOptions,
+    reservation: CacheReservation,
     /// Most capable first.
     nodes: Vec<Candidate<'a>>,
     n_layers: u32,
@@ -71,6 +77,7 @@ struct Fit {
 
 /// Decides which node holds which layers, or says with numbers why it cannot be.
 pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
+    options.caches.check(spec)?;
     let context = context_range(spec, options)?;
     let split = options.split.as_deref();
     check_split(spec.n_layers(), split)?;
@@ -83,7 +90,10 @@ pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], options: &Pl
         return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
     }
     let planner = Planner {
-        costs: Costs::new(spec, map),
+        costs: Costs::new(spec, map, &options.caches),
+        plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
+        caches: options.caches,
+        reservation: options.caches.reservation(spec, costs::activation_dtype(map)),
         nodes: by_capability(nodes),
         n_layers: spec.n_layers(),
         min_stages,
@@ -204,7 +214,7 @@ impl Planner<'_> {
     /// The best split over the first `n` nodes with each filled to at most `share` of its usable memory.
     fn fit(&self, n: usize, context_tokens: u32, share: f64) -> Option<Fit> {
         let nodes = self.nodes.get(..n)?;
-        let cache_tokens = u64::from(context_tokens);
+        let cache_tokens = self.reservation.of(context_tokens);
         let filled = |stage: usize, layers: &Range<u32>| {
             let usable = nodes.get(stage).map_or(0, |candidate| candidate.node.usable_memory.0);
             let needed = self.costs.needed(layers, cache_tokens);
@@ -236,10 +246,10 @@ impl Planner<'_> {
             })
             .collect();
         let most = self.most_cache_tokens(&layers);
-        if most < u64::from(self.context.start) {
+        if most < self.reservation.of(self.context.start) {
             return Err(self.split_does_not_fit(&layers));
         }
-        let context_tokens = self.context.end.min(u32::try_from(most).unwrap_or(u32::MAX));
+        let context_tokens = self.context.end.min(self.reservation.longest(most));
         Ok(Fit { context_tokens, layers, balance: Balance::Memory })
     }
 
@@ -257,7 +267,7 @@ impl Planner<'_> {
     }
 
     fn plan(&self, fit: &Fit, options: &PlanOptions) -> Plan {
-        let context = u64::from(fit.context_tokens);
+        let context = self.reservation.of(fit.context_tokens);
         let cache_tokens = self.most_cache_tokens(&fit.layers).min(context * WISHED_CONTEXTS).max(context);
         let stage = |(layers, Candidate { node, .. }): (&Range<u32>, &Candidate<'_>)| Stage {
             node: node.id.clone(),
@@ -273,6 +283,8 @@ impl Planner<'_> {
             strategy: self.strategy,
             context_tokens: fit.context_tokens,
             cache_tokens,
+            caches: self.caches,
+            reservation: self.reservation,
             stages: fit.layers.iter().zip(&self.nodes).map(stage).collect(),
             why: self.why(fit, options),
         }
@@ -284,7 +296,7 @@ impl Planner<'_> {
             Balance::Bandwidth => "layers balanced by measured memory bandwidth",
             Balance::Memory => "layers in proportion to usable memory",
         };
-        let whole = Bytes(self.costs.needed(&(0..self.n_layers), u64::from(self.context.end)));
+        let whole = Bytes(self.costs.needed(&(0..self.n_layers), self.reservation.of(self.context.end)));
         let first = self.nodes.first().map_or("", |candidate| candidate.node.name.as_str());
         let usable = self.nodes.first().map_or(Bytes(0), |candidate| candidate.node.usable_memory);
         let mut why = match (&options.split, self.strategy, n) {
@@ -300,6 +312,12 @@ impl Planner<'_> {
         if fit.context_tokens < self.context.end {
             why += &format!("; context lowered from {} to {} tokens to fit", self.context.end, fit.context_tokens);
         }
+        if self.caches != CacheOptions::default() {
+            let (now, plain) = (Bytes(self.costs.cache_per_token(&(0..self.n_layers))), Bytes(self.plain_cache));
+            why += &format!("; {}: a token takes {now} in the caches", self.caches);
+            why += &if now == plain { String::new() } else { format!(" instead of {plain}") };
+            why += &format!(", a full context {}", Bytes(now.0.saturating_mul(self.reservation.of(fit.context_tokens))));
+        }
         let spare: Vec<_> = self.nodes.iter().skip(n).map(|candidate| candidate.node.name.as_str()).collect();
         if !spare.is_empty() {
             why += &format!("; not used: {}", spare.join(", "));
@@ -313,7 +331,7 @@ impl Planner<'_> {
         let nodes = self.nodes.iter().map(|Candidate { node, .. }| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
         WhyNot::DoesNotFit {
             model_bytes: Bytes(self.costs.weights(&all)),
-            cache_bytes: Bytes(self.costs.cache_per_token(&all).saturating_mul(u64::from(context_tokens))),
+            cache_bytes: Bytes(self.costs.cache_per_token(&all).saturating_mul(self.reservation.of(context_tokens))),
             working_bytes: Bytes(self.costs.working(&all)),
             context_tokens,
             nodes: nodes.collect(),
@@ -322,7 +340,7 @@ impl Planner<'_> {
 
     fn split_does_not_fit(&self, layers: &[Range<u32>]) -> WhyNot {
         let context_tokens = self.context.start;
-        let needed = |layers: &Range<u32>| self.costs.needed(layers, u64::from(context_tokens));
+        let needed = |layers: &Range<u32>| self.costs.needed(layers, self.reservation.of(context_tokens));
         let over = layers.iter().zip(&self.nodes).find(|(layers, candidate)| needed(layers) > candidate.node.usable_memory.0);
         match over {
             Some((layers, Candidate { node, .. })) => WhyNot::ShareDoesNotFit {

@@ -3,6 +3,7 @@
 use super::*;
 use mlx_cluster_common::{
     architectures::read_spec,
+    cache::KvQuantization,
     dtype::DType,
     ids::NodeId,
     spec::{NormKind, Weight},
@@ -143,6 +144,37 @@ fn the_context_is_lowered_to_fit_unless_told() {
     assert_eq!(plan(&spec, &map, &nodes, &longer), Err(WhyNot::ContextTooLong { asked: 9000, max: 8192 }));
 }
 
+#[test]
+fn caches_are_counted_as_they_will_be_kept() {
+    let (spec, map) = model(8, 1024, false);
+    let nodes = [node("a", 540_000_000, 0.0)];
+    let with = |caches| plan(&spec, &map, &nodes, &PlanOptions { caches, ..options(Strategy::Auto) }).expect("fits");
+    let plain = with(CacheOptions::default());
+    let quantization = |start| KvQuantization::new(4, None, Some(start)).expect("allowed");
+    let quantised = with(CacheOptions { quantization: Some(quantization(0)), max_kv_size: None });
+    // 256 numbers a head in f32 take 1024 bytes, in 4 bits with a scale and a bias for each 64 of them 160.
+    assert_eq!(quantised.context_tokens, 8192, "{quantised}");
+    assert!(plain.cache_tokens * 6 < quantised.cache_tokens, "{plain} {quantised}");
+    assert!(
+        quantised.why.contains("in 4 bits and groups of 64: a token takes 5.1 kB in the caches instead of 32.8 kB"),
+        "{}",
+        quantised.why
+    );
+    let late = with(CacheOptions { quantization: Some(quantization(100_000)), max_kv_size: None });
+    assert!(late.context_tokens.abs_diff(plain.context_tokens) <= 256, "all of it comes before the start: {late}");
+    let limited = with(CacheOptions { quantization: None, max_kv_size: Some(1000) });
+    assert_eq!(limited.context_tokens, 8192, "{limited}");
+    assert!(limited.cache_tokens >= 1000 && limited.stages.iter().all(|stage| stage.needed() <= stage.usable), "{limited}");
+}
+
+#[test]
+fn caches_that_cannot_be_are_refused_before_anything_is_planned() {
+    let (spec, map) = model(8, 320, false);
+    let caches = CacheOptions { quantization: Some(KvQuantization::new(8, None, None).expect("allowed")), max_kv_size: None };
+    let why = plan(&spec, &map, &[], &PlanOptions { caches, ..options(Strategy::Auto) }).expect_err("groups of 64 in heads of 80");
+    assert!(why.is_usage() && why.to_string().contains("80 numbers a head"), "{why}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
@@ -179,7 +211,7 @@ fn a_stage_pays_for_copies_of_caches_that_it_reads() {
     let (spec, map) = model_of(&json!({"model_type": "gemma4_text", "hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 64,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 3,
         "sliding_window_pattern": 3, "hidden_size_per_layer_input": 32, "vocab_size": 128, "vocab_size_per_layer_input": 128}));
-    let costs = Costs::new(&spec, &map);
+    let costs = Costs::new(&spec, &map, &CacheOptions::default());
     // Keys and values in f32 of a local layer, and of a global one.
     let (local, global) = (2 * 32 * 4, 2 * 64 * 4);
     let per_token = |layers: Range<u32>| costs.cache_per_token(&layers);

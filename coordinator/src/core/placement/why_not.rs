@@ -1,6 +1,6 @@
 //! Why there is no plan, with the numbers of every worker and what to try.
 
-use mlx_cluster_common::units::Bytes;
+use mlx_cluster_common::{cache::CacheError, units::Bytes};
 
 /// A node and what models may use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub enum WhyNot {
          give it fewer layers or a smaller --context"
     )]
     ShareDoesNotFit { name: String, layers: u32, needed: Bytes, usable: Bytes, context_tokens: u32 },
+    #[error(transparent)]
+    Caches(#[from] CacheError),
     #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
     NotTiled { layers: u32 },
 }
@@ -44,6 +46,7 @@ impl WhyNot {
         matches!(
             self,
             WhyNot::NoContext
+                | WhyNot::Caches(_)
                 | WhyNot::ContextTooLong { .. }
                 | WhyNot::EmptyStage { .. }
                 | WhyNot::SplitSum { .. }

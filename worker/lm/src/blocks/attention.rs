@@ -1,7 +1,15 @@
 //! Softmax attention with grouped queries, in three pieces: projections before the cache, attention over it, the output after it.
 
 use super::{mixer::Projected, norm::Norm};
-use crate::{cache::KvCache, error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
+use crate::{
+    cache::{KvCache, Reach, Seen, Window},
+    error::LmError,
+    ffi,
+    linear::{Linear, Matrix},
+    parameters::parameters,
+    rope::Rope,
+    weights::Weights,
+};
 use mlx_cluster_common::spec::{AttentionGate, AttentionSpec, HeadNorms, Projections, Quantization, TemperatureSpec, TensorSpec};
 use mlx_rs::{Array, Dtype, fast, fast::ScaledDotProductAttentionMask, ops};
 
@@ -233,11 +241,13 @@ pub(super) fn scale_by_position(queries: &Array, offsets: &Array, spec: &Tempera
     Ok(ops::multiply(queries, &factors)?)
 }
 
+/// Numbers that scores may take at once where they are held in memory.
+const SCORES_MAX: i32 = 1 << 24;
+
 /// Attention of one sequence's new tokens over all that its cache holds.
 #[derive(Debug, Clone)]
 pub struct Attend {
     scale: f32,
-    window: Option<i32>,
     softcap: Option<f32>,
     widens_f16: bool,
     sinks: Option<Array>,
@@ -247,13 +257,12 @@ parameters!(Attend: sinks);
 impl Attend {
     /// Over all tokens before, with nothing special.
     pub(super) fn plain(scale: f32) -> Self {
-        Self { scale, window: None, softcap: None, widens_f16: false, sinks: None }
+        Self { scale, softcap: None, widens_f16: false, sinks: None }
     }
 
     pub fn load(weights: &mut Weights, spec: &AttentionSpec) -> Result<Self, LmError> {
         Ok(Self {
             scale: spec.scale,
-            window: window_of(spec),
             softcap: spec.softcap,
             widens_f16: spec.widens_f16,
             sinks: spec.sinks.as_ref().map(|sinks| weights.take(&sinks.name)).transpose()?,
@@ -264,34 +273,92 @@ impl Attend {
     /// Gives `[1, heads, L, head_dim]`.
     pub fn forward(&self, rows: &[Array], cache: &mut KvCache) -> Result<Array, LmError> {
         let queries = rows.first().ok_or_else(|| LmError::Mlx("attention without queries".into()))?;
-        let n = queries.dim(2);
-        let (keys, values) = match rows {
-            [_, keys, values] => cache.append(keys, values)?,
-            _ => cache.visible(n)?,
-        };
-        let held = keys.dim(2);
-        let mask = match self.window {
-            _ if n == 1 => Mask::None,
-            Some(window) if held > window => Mask::Array(window_mask(n, held, window)?),
-            _ => Mask::Causal,
-        };
+        if let [_, keys, values] = rows {
+            cache.extend(&[keys, values])?;
+        }
         let dtype = queries.dtype();
         let queries = if self.widens_f16 && dtype == Dtype::Float16 { queries.as_dtype(Dtype::Float32)? } else { queries.clone() };
-        let attended = match self.softcap {
-            None => self.fused(&queries, &keys, &values, &mask),
-            Some(softcap) => capped(&queries, &keys, &values, self.scale, softcap, &mask),
-        };
-        Ok(attended?.as_dtype(dtype)?)
+        let parts = cache.seen(queries.dim(2))?;
+        if let [seen] = parts.as_slice() {
+            return Ok(self.over(&queries, seen)?.as_dtype(dtype)?);
+        }
+        let (mut attended, mut from) = (Vec::with_capacity(parts.len()), 0);
+        for seen in &parts {
+            let own = ffi::slice(&queries, &[0, 0, from, 0], &[1, queries.dim(1), from + seen.reach().n, queries.dim(3)])?;
+            attended.push(self.over(&own, seen)?);
+            from += seen.reach().n;
+        }
+        Ok(ops::concatenate(&attended, 2)?.as_dtype(dtype)?)
     }
 
-    fn fused(&self, queries: &Array, keys: &Array, values: &Array, mask: &Mask) -> Result<Array, LmError> {
-        let mask = match mask {
-            Mask::None => None,
-            Mask::Causal => Some(ScaledDotProductAttentionMask::Causal),
-            Mask::Array(mask) => Some(ScaledDotProductAttentionMask::Array(mask)),
+    fn over(&self, queries: &Array, seen: &Seen) -> Result<Array, LmError> {
+        let reach = seen.reach();
+        let Some((keys, values)) = seen.plain().filter(|_| self.softcap.is_none()) else {
+            return self.by_scores(queries, seen);
+        };
+        let visible = if reach.is_whole() { None } else { Some(visible(&reach)?) };
+        let mask = match &visible {
+            Some(visible) => Some(ScaledDotProductAttentionMask::Array(visible)),
+            None if reach.n > 1 => Some(ScaledDotProductAttentionMask::Causal),
+            None => None,
         };
         Ok(fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, self.sinks.as_ref())?)
     }
+
+    /// Scores of a long prompt's queries are large all at once: they are made for some queries at a time.
+    fn by_scores(&self, queries: &Array, seen: &Seen) -> Result<Array, LmError> {
+        let (reach, heads) = (seen.reach(), queries.dim(1));
+        let Reach { n, held, .. } = reach;
+        let (keys, values) = seen.matrices()?;
+        let mask = (n > 1).then(|| visible(&reach)).transpose()?;
+        let n_block = (SCORES_MAX / (heads * held).max(1)).clamp(1, n);
+        if n_block == n {
+            return self.attend(queries, seen.kv_heads(), [&keys, &values], mask.as_ref());
+        }
+        let blocks = (0..n).step_by(n_block as usize).map(|from| {
+            let to = (from + n_block).min(n);
+            let queries = ffi::slice(queries, &[0, 0, from, 0], &[1, heads, to, queries.dim(3)])?;
+            let mask = mask.as_ref().map(|mask| ffi::slice(mask, &[from, 0], &[to, held])).transpose()?;
+            self.attend(&queries, seen.kv_heads(), [&keys, &values], mask.as_ref())
+        });
+        Ok(ops::concatenate(&blocks.collect::<Result<Vec<_>, _>>()?, 2)?)
+    }
+
+    /// Attention in single operations, in mlx-lm's order: over quantised keys and values, and with a soft cap on the scores.
+    fn attend(&self, queries: &Array, kv_heads: i32, held: [&Matrix; 2], mask: Option<&Array>) -> Result<Array, LmError> {
+        let [keys, values] = held;
+        let scalar = |value: f32, like: &Array| Array::from_f32(value).as_dtype(like.dtype());
+        let (heads, n) = (queries.dim(1), queries.dim(2));
+        let groups = [1, kv_heads, heads / kv_heads.max(1), n, -1];
+        let scores = keys.apply_each(&ops::multiply(queries, scalar(self.scale, queries)?)?.reshape(&groups)?, true)?;
+        let scores = match self.softcap {
+            Some(softcap) => {
+                let softcap = scalar(softcap, &scores)?;
+                ops::multiply(ops::tanh(ops::divide(&scores, &softcap)?)?, &softcap)?
+            }
+            None => scores,
+        };
+        let scores = match mask {
+            Some(mask) => ops::select(mask, &scores, lowest(scores.dtype())?)?,
+            None => scores,
+        };
+        let weights = match &self.sinks {
+            Some(sinks) => softmax_with_sinks(&scores, sinks)?,
+            None => ops::softmax_axis(&scores, -1, true)?,
+        };
+        Ok(values.apply_each(&weights, false)?.reshape(&[1, heads, n, -1])?)
+    }
+}
+
+/// Softmax over scores `[1, kv_heads, group, n, held]` and one more logit a head `[heads]`, whose share is dropped.
+fn softmax_with_sinks(scores: &Array, sinks: &Array) -> Result<Array, LmError> {
+    let [batch, kv_heads, group, n, held] = *scores.shape() else {
+        return Err(LmError::Mlx(format!("scores of shape {:?}", scores.shape())));
+    };
+    let sinks = sinks.as_dtype(scores.dtype())?.reshape(&[1, kv_heads, group, 1, 1])?;
+    let sinks = ops::broadcast_to(&sinks, &[batch, kv_heads, group, n, 1])?;
+    let weights = ops::softmax_axis(ops::concatenate(&[scores.clone(), sinks], -1)?, -1, true)?;
+    ffi::slice(&weights, &[0; 5], &[batch, kv_heads, group, n, held])
 }
 
 /// How far the cache has to reach back.
@@ -299,32 +366,17 @@ pub(super) fn window_of(spec: &AttentionSpec) -> Option<i32> {
     spec.window.map(|window| window.min(i32::MAX as u32 / 2) as i32)
 }
 
-enum Mask {
-    None,
-    Causal,
-    Array(Array),
-}
-
-/// Attention whose scores are `softcap · tanh(score / softcap)`.
-fn capped(queries: &Array, keys: &Array, values: &Array, scale: f32, softcap: f32, mask: &Mask) -> Result<Array, LmError> {
-    let scalar = |value: f32, like: &Array| Array::from_f32(value).as_dtype(like.dtype());
-    let (heads, n, dim) = (queries.dim(1), queries.dim(2), queries.dim(3));
-    let (kv_heads, held) = (keys.dim(1), keys.dim(2));
-    let queries = ops::multiply(queries, scalar(scale, queries)?)?.reshape(&[1, kv_heads, heads / kv_heads, n, dim])?;
-    let (keys, values) = (keys.expand_dims(2)?, values.expand_dims(2)?);
-    let scores = ops::matmul(&queries, keys.swap_axes(-1, -2)?)?;
-    let capped = ops::multiply(ops::tanh(ops::divide(&scores, scalar(softcap, &scores)?)?)?, scalar(softcap, &scores)?)?;
-    let mask = match mask {
-        Mask::None => None,
-        Mask::Causal => Some(causal_mask(n, held)?),
-        Mask::Array(mask) => Some(mask.clone()),
-    };
-    let scores = match mask {
-        Some(mask) => ops::select(&mask, &capped, lowest(capped.dtype())?)?,
-        None => capped,
-    };
-    let attended = ops::matmul(ops::softmax_axis(&scores, -1, true)?, &values)?;
-    Ok(attended.reshape(&[1, heads, n, values.dim(-1)])?)
+/// `[n, held]`: which of the held tokens each of the last `n` sees.
+pub(super) fn visible(reach: &Reach) -> Result<Array, LmError> {
+    let (n, held) = (reach.n, reach.held);
+    match reach.window.filter(|_| !reach.is_whole()) {
+        None => causal_mask(n, held),
+        Some(Window { kept: 0, recent }) => window_mask(n, held, recent),
+        Some(Window { kept, recent }) => {
+            let is_kept = Array::from_iter((0..held).map(|token| token < kept), &[1, held]);
+            Ok(ops::logical_or(ops::logical_and(is_kept, causal_mask(n, held)?)?, window_mask(n, held, recent)?)?)
+        }
+    }
 }
 
 /// The most negative number of a type.
@@ -336,7 +388,7 @@ pub(super) fn lowest(dtype: Dtype) -> Result<Array, LmError> {
 }
 
 /// `[n, held]`: which of the held tokens each of the last `n` sees.
-pub(super) fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmError> {
+fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmError> {
     let row = |from: i32, to: i32| Array::from_iter(from..to, &[to - from]);
     let queries = row(held - n, held).expand_dims(1)?;
     let keys = row(0, held).expand_dims(0)?;
@@ -346,7 +398,7 @@ pub(super) fn window_mask(n: i32, held: i32, window: i32) -> Result<Array, LmErr
 }
 
 /// `[n, held]`: the last `n` of the held tokens each see themselves and all before.
-pub(super) fn causal_mask(n: i32, held: i32) -> Result<Array, LmError> {
+fn causal_mask(n: i32, held: i32) -> Result<Array, LmError> {
     let row = |from: i32, to: i32| Array::from_iter(from..to, &[to - from]);
     Ok(ops::le(row(0, held).expand_dims(0)?, row(held - n, held).expand_dims(1)?)?)
 }

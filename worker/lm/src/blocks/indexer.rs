@@ -2,7 +2,7 @@
 //! sees.
 
 use super::{attention, norm::Norm};
-use crate::{error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
+use crate::{cache::Reach, error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
 use mlx_cluster_common::spec::{IndexerSpec, Quantization};
 use mlx_rs::{Array, Dtype, ops};
 
@@ -58,7 +58,7 @@ impl Pick {
 
     /// The tokens that each of `n` new tokens sees, of all that `keys` `[1, 1, held, head_dim]` hold: `[1, 1, n, top_k]`, in no order, and
     /// where fewer than `top_k` come before, with some that do not. None while all are seen.
-    pub(super) fn forward(&self, queries: &Array, keys: &Array, weights: &Array) -> Result<Option<Array>, LmError> {
+    pub(super) fn forward(&self, queries: &Array, keys: &Array, weights: &Array, reach: &Reach) -> Result<Option<Array>, LmError> {
         let (n, held) = (queries.dim(2), keys.dim(2));
         if held <= self.top_k {
             return Ok(None);
@@ -68,7 +68,7 @@ impl Pick {
             _ => {
                 let scores = several_tokens(queries, keys, weights)?;
                 let never = Array::from_f32(f32::NEG_INFINITY).as_dtype(scores.dtype())?;
-                ops::select(attention::causal_mask(n, held)?, scores, never)?
+                ops::select(attention::visible(reach)?, scores, never)?
             }
         };
         let first = held - self.top_k;

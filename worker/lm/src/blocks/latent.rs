@@ -6,7 +6,7 @@
 
 use super::{attention, indexer, mixer::Projected, norm::Norm};
 use crate::{
-    cache::KvCache,
+    cache::{KvCache, Reach},
     error::LmError,
     linear::{HeadLinear, Linear},
     parameters::parameters,
@@ -164,6 +164,7 @@ struct Seen {
     positions: Array,
     /// `[1, 1, n, top_k]`; None for all.
     picked: Option<Array>,
+    reach: Reach,
 }
 
 impl Attend {
@@ -204,7 +205,7 @@ impl Attend {
     /// Attention of one token, whose query is in the latent space, in that space: `[1, heads, 1, latent_dim]`.
     pub fn over_latents(&self, rows: &[Array], cache: &mut KvCache) -> Result<Array, LmError> {
         let [queries, position, ..] = rows else { return Err(LmError::Mlx("latent attention without queries".into())) };
-        let Seen { latents, positions, picked } = self.append(rows, cache)?;
+        let Seen { latents, positions, picked, .. } = self.append(rows, cache)?;
         let (latents, positions) = match picked.map(|picked| picked.flatten(None, None)).transpose()? {
             Some(picked) => (latents.take_axis(&picked, 2)?, positions.take_axis(&picked, 2)?),
             None => (latents, positions),
@@ -221,12 +222,12 @@ impl Attend {
     fn append(&self, rows: &[Array], cache: &mut KvCache) -> Result<Seen, LmError> {
         match (&self.indexer, rows) {
             (None, [_, _, latent, position]) => {
-                let [latents, positions] = cache.append_all([latent, position])?;
-                Ok(Seen { latents, positions, picked: None })
+                let ([latents, positions], reach) = cache.append_all([latent, position])?;
+                Ok(Seen { latents, positions, picked: None, reach })
             }
             (Some(indexer), [_, _, latent, position, queries, key, weights]) => {
-                let [latents, positions, keys] = cache.append_all([latent, position, key])?;
-                Ok(Seen { latents, positions, picked: indexer.forward(queries, &keys, weights)? })
+                let ([latents, positions, keys], reach) = cache.append_all([latent, position, key])?;
+                Ok(Seen { latents, positions, picked: indexer.forward(queries, &keys, weights, &reach)?, reach })
             }
             _ => Err(LmError::Mlx(format!("latent attention got {} arrays", rows.len()))),
         }
@@ -234,13 +235,14 @@ impl Attend {
 
     /// Attention of several tokens, with keys and values made of the latent vectors: `[1, heads, n, value_dim]`.
     fn over_keys(&self, content: &Array, position: &Array, seen: &Seen) -> Result<Array, LmError> {
-        let Seen { latents, positions, picked } = seen;
-        let (n, held) = (content.dim(2), latents.dim(2));
+        let Seen { latents, positions, picked, reach } = seen;
+        let held = reach.held;
         let keys = self.embed_query.forward(latents, false)?;
         let values = self.unembed_output.forward(latents, true)?;
         let visible = match picked {
-            Some(picked) => Some(ops::logical_and(indexer::mask(picked, held)?, attention::causal_mask(n, held)?)?),
-            None => None,
+            Some(picked) => Some(ops::logical_and(indexer::mask(picked, held)?, attention::visible(reach)?)?),
+            None if reach.is_whole() => None,
+            None => Some(attention::visible(reach)?),
         };
         if self.joined_keys {
             let shared = ops::broadcast_to(positions, &[1, keys.dim(1), held, positions.dim(3)])?;
@@ -249,7 +251,7 @@ impl Attend {
             let mask = visible.as_ref().map_or(SdpaMask::Causal, SdpaMask::Array);
             return Ok(fast::scaled_dot_product_attention(queries, keys, values, self.scale, Some(mask), None)?);
         }
-        let visible = visible.map_or_else(|| attention::causal_mask(n, held), Ok)?;
+        let visible = visible.map_or_else(|| attention::visible(reach), Ok)?;
         let scores = self.position_scores(position, positions)?;
         let scores = ops::select(&visible, &scores, attention::lowest(scores.dtype())?)?;
         Ok(fast::scaled_dot_product_attention(content, keys, values, self.scale, Some(SdpaMask::Array(&scores)), None)?)

@@ -15,6 +15,7 @@ use crate::{
     parameters::{Parameters, parameters},
     weights::Weights,
 };
+use mlx_cluster_common::cache::CacheOptions;
 use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Mixer, ModelSpec, Quantization};
 use mlx_rs::{Array, ops};
 use std::fmt::Write;
@@ -270,12 +271,7 @@ pub fn with_arrays(signature: &str, piece: &impl Parameters) -> String {
     text
 }
 
-/// An empty cache for every layer that has one of its own.
-pub fn empty_caches(layers: &[LayerSpec]) -> Vec<Option<Cache>> {
-    layers.iter().map(|layer| mixer::empty_cache(&layer.mixer)).collect()
-}
-
-/// The mixer that a source layer's cache belongs to, for stages that keep a copy of it.
-pub fn empty_cache(mixer: &Mixer) -> Option<Cache> {
-    mixer::empty_cache(mixer)
+/// What a layer with this mixer begins every sequence with; None where it has no cache of its own.
+pub fn empty_cache(mixer: &Mixer, options: &CacheOptions) -> Option<Cache> {
+    mixer::empty_cache(mixer, options)
 }

@@ -17,7 +17,10 @@ use crate::{
     parameters::Parameters,
     weights::Weights,
 };
-use mlx_cluster_common::spec::{Mixer, Quantization};
+use mlx_cluster_common::{
+    cache::CacheOptions,
+    spec::{LatentUp, Mixer, Quantization},
+};
 use mlx_rs::{Array, ops};
 
 /// What the projections give.
@@ -118,13 +121,18 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
 }
 
 /// An empty cache for a mixer; attention that reads another layer's has none of its own.
-pub fn empty_cache(spec: &Mixer) -> Option<Cache> {
+pub fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
     match spec {
         Mixer::None => None,
         Mixer::Attention(spec) if spec.source_layer().is_some() => None,
-        Mixer::Attention(spec) => Some(Cache::Attention(KvCache::with_window(attention::window_of(spec)))),
-        Mixer::Latent(_) => Some(Cache::Attention(KvCache::default())),
-        Mixer::Parallel(specs) => Some(Cache::Several(specs.iter().filter_map(empty_cache).collect())),
+        Mixer::Attention(spec) => Some(Cache::Attention(KvCache::new(attention::window_of(spec), options))),
+        Mixer::Latent(spec) if matches!(spec.up, LatentUp::Expanded(_)) => Some(Cache::Attention(KvCache::new(None, options))),
+        // Latent vectors and the keys of an indexer are never quantised: all else follows from them.
+        Mixer::Latent(_) => {
+            let options = CacheOptions { quantization: None, ..*options };
+            Some(Cache::Attention(KvCache::new(None, &options)))
+        }
+        Mixer::Parallel(specs) => Some(Cache::Several(specs.iter().filter_map(|spec| empty_cache(spec, options)).collect())),
         Mixer::GatedDelta(_) | Mixer::StateSpace(_) | Mixer::SelectiveScan(_) | Mixer::ShortConvolution(_) => {
             Some(Cache::Recurrent(RecurrentState::default()))
         }

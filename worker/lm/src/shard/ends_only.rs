@@ -121,7 +121,7 @@ fn fill(flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<(),
     };
     for (span, cache) in packing.spans.iter().zip(caches) {
         let rows = |y: &Array| if packing.spans.len() == 1 { Ok(y.clone()) } else { own_rows(y, span) };
-        attention_of(cache)?.append(&rows(keys)?, &rows(values)?)?;
+        attention_of(cache)?.extend(&[&rows(keys)?, &rows(values)?])?;
     }
     Ok(())
 }
