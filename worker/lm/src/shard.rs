@@ -11,6 +11,7 @@ use crate::{
     ffi,
     linear::Embedding,
     packing::{Packing, Span},
+    parameters::Parameters,
     sample::{Draw, PromptProbabilities, Sampled, Sampler},
     sequences::{CacheSlots, Sequences, StepCaches},
     weights::Weights,
@@ -23,11 +24,14 @@ use mlx_cluster_common::{
     spec::{CutTensor, ModelSpec},
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
 };
-use mlx_rs::{Array, ops, transforms};
+use mlx_rs::{Array, Dtype, ops, transforms};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
+
+/// What activations can be.
+const FLOATS: [Dtype; 3] = [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16];
 
 /// A stage's part of the model.
 pub struct Shard {
@@ -136,9 +140,13 @@ impl Shard {
     }
 
     fn made_up_input(&self, tokens: i32) -> Result<Activations, LmError> {
-        let zeros = |(tensor, width): (CutTensor, u32)| {
-            Ok::<_, LmError>((tensor, ops::zeros_dtype(&[tokens, width as i32], mlx_rs::Dtype::Float32)?))
-        };
+        // Pieces are compiled for the type that they are given: that of activations, which norms have.
+        let mut dtype = None;
+        for layer in &self.layers {
+            layer.before.each(&mut |array| dtype = dtype.or(Some(array.dtype()).filter(|dtype| FLOATS.contains(dtype))));
+        }
+        let dtype = dtype.unwrap_or(Dtype::Float32);
+        let zeros = |(tensor, width): (CutTensor, u32)| Ok::<_, LmError>((tensor, ops::zeros_dtype(&[tokens, width as i32], dtype)?));
         Ok(Activations { tensors: self.spec.cut_tensors(self.range.start).into_iter().map(zeros).collect::<Result<_, _>>()? })
     }
 
