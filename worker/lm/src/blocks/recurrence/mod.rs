@@ -2,6 +2,7 @@
 
 mod convolution;
 mod delta_rule;
+mod fused;
 mod gated_delta;
 mod gated_norm;
 mod selective_scan;

@@ -1,6 +1,6 @@
 //! Selective scan (Gu and Dao 2023), Mamba 1: behind a short convolution, a state a channel whose decay and intake hang on the token.
 
-use super::{convolution::Convolution, only};
+use super::{convolution::Convolution, fused::Fused, only};
 use crate::{
     blocks::{mixer::Projected, norm::Norm},
     error::LmError,
@@ -10,7 +10,7 @@ use crate::{
     weights::Weights,
 };
 use mlx_cluster_common::spec::{CHUNK_TOKENS, Quantization, SelectiveScanSpec};
-use mlx_rs::{Array, Dtype, nn, ops};
+use mlx_rs::{Array, Dtype, error::Exception, nn, ops};
 
 /// Tokens of a block. A run of tokens goes through its state in blocks, so that the number of operations is the block's length and the number
 /// of blocks, not their product; it divides `CHUNK_TOKENS`, so that a token's numbers do not depend on where prompts are cut.
@@ -128,8 +128,8 @@ impl Tokens {
         let n = self.dt.dim(1);
         let (dt, u, b) = (self.dt.split_equal(n, 1)?, self.u.split_equal(n, 1)?, self.b.swap_axes(-1, -2)?.split_equal(n, 2)?);
         for (i, ((dt, u), b)) in dt.iter().zip(&u).zip(&b).enumerate() {
-            let decay = ops::exp(ops::multiply(dt, &self.a)?)?;
-            *state = ops::add(ops::multiply(decay, &*state)?, ops::multiply(u, b)?)?;
+            let inputs = [state.clone(), dt.clone(), self.a.clone(), u.clone(), b.clone()];
+            *state = ADVANCE.with(|advance| advance.call(&inputs))?;
             each(i, state)?;
         }
         Ok(())
@@ -170,6 +170,19 @@ impl Tokens {
         };
         Ok(Tokens { dt: cut(&self.dt)?, u: cut(&self.u)?, b: cut(&self.b)?, c: cut(&self.c)?, a: self.a.clone() })
     }
+}
+
+thread_local! {
+    static ADVANCE: Fused = Fused::new(advanced);
+}
+
+/// `exp(dt · a) · state + u · b` of `[state, dt, a, u, b]`.
+fn advanced(inputs: &[Array]) -> Result<Array, Exception> {
+    let [state, dt, a, u, b] = inputs else {
+        return Err(Exception::custom("a step of a selective scan has five inputs"));
+    };
+    let decay = ops::exp(ops::multiply(dt, a)?)?;
+    ops::add(ops::multiply(decay, state)?, ops::multiply(u, b)?)
 }
 
 /// After the state: the gate, the output.

@@ -1,9 +1,9 @@
 //! State space duality (Dao and Gu 2024), Mamba 2: behind a short convolution, a state a head decays and takes in each token.
 
-use super::{convolution::Convolution, gated_norm::GatedNorm, only};
+use super::{convolution::Convolution, fused::Fused, gated_norm::GatedNorm, only};
 use crate::{blocks::mixer::Projected, error::LmError, ffi, linear::Linear, parameters::parameters, weights::Weights};
 use mlx_cluster_common::spec::{AfterConvolutionSpec, CHUNK_TOKENS, Quantization, StateSpaceInputs, StateSpaceSpec};
-use mlx_rs::{Array, Dtype, fast, nn, ops};
+use mlx_rs::{Array, Dtype, error::Exception, fast, nn, ops};
 
 /// Before the state: what the convolution takes, and the time steps where they do not come from it; the gate goes past it.
 #[derive(Debug, Clone)]
@@ -214,15 +214,16 @@ impl StateSpace {
         let Tokens { u, log_decay, b, c } = tokens;
         let Sizes { groups, heads, head_dim, .. } = self.sizes;
         let (chunks, n) = (u.dim(0), u.dim(2));
-        let decay = decays_between(log_decay)?;
+        let between = log_decays_between(log_decay)?;
         let scores = ops::matmul(c, b.swap_axes(-1, -2)?)?.expand_dims(2)?;
-        let scores = ops::tril(ops::multiply(scores, &decay)?, 0)?;
+        let scores = DECAYED.with(|decayed| decayed.call(&[scores, between.clone(), causal(n)?]))?;
         let by_head = u.reshape(&[chunks, groups, n, heads, head_dim])?.transpose_axes(&[0, 1, 3, 2, 4])?;
         let inside = ops::matmul(scores, by_head)?.transpose_axes(&[0, 1, 3, 2, 4])?.reshape(u.shape())?;
 
         // From before the chunk to each token, and from each token to the end of the chunk: `[chunks, groups, n, heads]`.
         let since_start = ops::exp(log_decay.cumsum(-1, None, None)?)?.swap_axes(-1, -2)?;
-        let to_end = ffi::slice(&decay, &[0, 0, 0, n - 1, 0], &[chunks, groups, heads, n, n])?.squeeze_axes(&[3])?.swap_axes(-1, -2)?;
+        let to_end = ffi::slice(&between, &[0, 0, 0, n - 1, 0], &[chunks, groups, heads, n, n])?;
+        let to_end = ops::exp(to_end.squeeze_axes(&[3])?)?.swap_axes(-1, -2)?;
         let taken_in = ops::matmul(b.swap_axes(-1, -2)?, self.times(u, &to_end)?)?;
         let kept = ffi::slice(&since_start, &[0, 0, n - 1, 0], &[chunks, groups, n, heads])?;
         let (starts, state) = self.pass_on(state, &kept, &taken_in)?;
@@ -270,13 +271,32 @@ impl AfterConvolution {
     }
 }
 
-/// `[.., n] -> [.., n, n]`: how much is left at token `i` of what token `j` brought; 1 where `j >= i`. The sums are made for each pair, since
-/// differences of running sums lose digits where steps are long.
-fn decays_between(log_decay: &Array) -> Result<Array, LmError> {
+/// `[.., n] -> [.., n, n]`: the logarithm of how much is left at token `i` of what token `j` brought; 0 where `j >= i`. The sums are made for
+/// each pair, since differences of running sums lose digits where steps are long.
+fn log_decays_between(log_decay: &Array) -> Result<Array, LmError> {
     let n = log_decay.dim(-1);
     let shape = [log_decay.shape(), &[n]].concat();
     let later = ops::tril(ops::broadcast_to(log_decay.expand_dims(-1)?, &shape)?, -1)?;
-    Ok(ops::exp(later.cumsum(-2, None, None)?)?)
+    Ok(later.cumsum(-2, None, None)?)
+}
+
+/// `[n, n]`: whether token `i` sees token `j`.
+fn causal(n: i32) -> Result<Array, LmError> {
+    let tokens = Array::from_iter(0..n, &[n]);
+    Ok(ops::ge(tokens.expand_dims(1)?, tokens.expand_dims(0)?)?)
+}
+
+thread_local! {
+    static DECAYED: Fused = Fused::new(decayed);
+}
+
+/// `scores · exp(log_decay)` where `causal`, else 0.
+fn decayed(inputs: &[Array]) -> Result<Array, Exception> {
+    let [scores, log_decay, causal] = inputs else {
+        return Err(Exception::custom("scores decay by two further inputs"));
+    };
+    let decayed = ops::multiply(scores, ops::exp(log_decay)?)?;
+    ops::select(causal, &decayed, Array::from_f32(0.0))
 }
 
 /// After the state: the gate, a norm, the output.
