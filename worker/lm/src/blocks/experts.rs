@@ -17,7 +17,7 @@ use mlx_rs::{Array, Dtype, fast, ops};
 const SORT_FROM: i32 = 64;
 
 #[derive(Debug, Clone)]
-pub struct Moe {
+pub(super) struct Moe {
     router: Router,
     experts: ExpertMlp,
     shared: Option<Mlp>,

@@ -11,7 +11,7 @@ use mlx_cluster_common::spec::{Activation, FeedForward, MlpInputs, MlpSpec, Quan
 use mlx_rs::{Array, ops};
 
 #[derive(Debug, Clone)]
-pub enum FeedForwardBlock {
+pub(super) enum FeedForwardBlock {
     Mlp(Mlp),
     Experts(Moe),
     MlpAndExperts(Box<MlpAndExperts>),
@@ -19,7 +19,7 @@ pub enum FeedForwardBlock {
 
 impl FeedForwardBlock {
     /// None where the layer has no feed-forward.
-    pub fn load(weights: &mut Weights, spec: &FeedForward, quantization: &Quantization) -> Result<Option<Self>, LmError> {
+    pub(super) fn load(weights: &mut Weights, spec: &FeedForward, quantization: &Quantization) -> Result<Option<Self>, LmError> {
         Ok(Some(match spec {
             FeedForward::None => return Ok(None),
             FeedForward::Mlp(spec) => Self::Mlp(Mlp::load(weights, spec, quantization)?),
@@ -37,7 +37,7 @@ impl FeedForwardBlock {
     }
 
     /// `normed` is `stream` after the norm before the feed-forward: `[B, L, D] -> [B, L, D]`.
-    pub fn forward(&self, normed: &Array, stream: &Array) -> Result<Array, LmError> {
+    pub(super) fn forward(&self, normed: &Array, stream: &Array) -> Result<Array, LmError> {
         match self {
             Self::Mlp(mlp) => mlp.forward(normed),
             Self::Experts(moe) => moe.forward(normed),
@@ -66,7 +66,7 @@ impl Parameters for FeedForwardBlock {
 
 /// A dense MLP and routed experts beside it, each with norms of its own.
 #[derive(Debug, Clone)]
-pub struct MlpAndExperts {
+pub(super) struct MlpAndExperts {
     mlp: Mlp,
     moe: Moe,
     dense_norm: Norm,
@@ -85,7 +85,7 @@ impl MlpAndExperts {
 
 /// `down(activation(gate(x)) · up(x))`, or `down(activation(up(x)))`.
 #[derive(Debug, Clone)]
-pub struct Mlp {
+pub(super) struct Mlp {
     inputs: Vec<Linear>,
     /// One linear gives gate and `up`.
     is_fused: bool,

@@ -25,7 +25,7 @@ use mlx_rs::{Array, ops};
 
 /// What the projections give.
 #[derive(Debug, Clone, Default)]
-pub struct Projected {
+pub(super) struct Projected {
     /// For the cache.
     pub mixed: Vec<Array>,
     /// Past the cache, for `Merge`.
@@ -34,7 +34,7 @@ pub struct Projected {
 
 /// Before the cache.
 #[derive(Debug, Clone)]
-pub enum Project {
+pub(super) enum Project {
     Attention(Box<attention::Project>),
     Latent(Box<latent::Project>),
     GatedDelta(GatedDeltaProject),
@@ -56,7 +56,7 @@ pub enum Mix {
 
 /// After the cache.
 #[derive(Debug, Clone)]
-pub enum Merge {
+pub(super) enum Merge {
     Attention(attention::Merge),
     GatedDelta(GatedDeltaMerge),
     SelectiveScan(SelectiveScanMerge),
@@ -67,7 +67,7 @@ pub enum Merge {
 }
 
 /// A mixer's pieces; None where a layer has no mixer.
-pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) -> Result<Option<(Project, Mix, Merge)>, LmError> {
+pub(super) fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) -> Result<Option<(Project, Mix, Merge)>, LmError> {
     Ok(Some(match spec {
         Mixer::None => return Ok(None),
         Mixer::Attention(spec) => (
@@ -121,7 +121,7 @@ pub fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantization) ->
 }
 
 /// An empty cache for a mixer; attention that reads another layer's has none of its own.
-pub fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
+pub(super) fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
     match spec {
         Mixer::None => None,
         Mixer::Attention(spec) if spec.source_layer().is_some() => None,
@@ -141,7 +141,7 @@ pub fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
 
 impl Project {
     /// How many arrays go to the cache, and how many past it.
-    pub fn arity(&self) -> (usize, usize) {
+    pub(super) fn arity(&self) -> (usize, usize) {
         match self {
             Self::Attention(project) => project.arity(),
             Self::Latent(project) => project.arity(),
@@ -154,7 +154,7 @@ impl Project {
     }
 
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
-    pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
+    pub(super) fn forward(&self, x: &Array, offsets: &Array) -> Result<Projected, LmError> {
         match self {
             Self::Attention(project) => project.forward(x, offsets),
             Self::Latent(project) => project.forward(x, offsets),
@@ -206,7 +206,7 @@ impl Mix {
 
 impl Merge {
     /// `[B, L, D]`
-    pub fn forward(&self, mixed: &[Array], beside: &[Array]) -> Result<Array, LmError> {
+    pub(super) fn forward(&self, mixed: &[Array], beside: &[Array]) -> Result<Array, LmError> {
         let first = mixed.first().ok_or_else(|| LmError::Mlx("a mixer gave nothing".into()))?;
         match self {
             Self::Attention(merge) => merge.forward(first, beside),

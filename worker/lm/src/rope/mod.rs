@@ -48,16 +48,6 @@ impl Rope {
         Ok(Rope { dims: spec.dims as i32, interleaved: spec.interleaved, wavelengths, magnitude })
     }
 
-    /// The numbers that are built into a compiled piece.
-    pub(crate) fn signature(&self) -> String {
-        let wavelengths = match &self.wavelengths {
-            Wavelengths::Powers { theta, position_scale } => format!("{theta}*{position_scale}"),
-            Wavelengths::Given(_) => "given".to_owned(),
-            Wavelengths::Dynamic(dynamic) => format!("{dynamic:?}"),
-        };
-        format!("{}/{}/{}/{wavelengths}", self.dims, self.interleaved, self.magnitude)
-    }
-
     /// Rotates `x` `[B, H, L, head_dim]`, whose row `b` starts at position `offsets[b]` (int, `[B]`).
     pub fn forward(&self, x: &Array, offsets: &Array) -> Result<Array, LmError> {
         let scaled = match self.magnitude == 1.0 {

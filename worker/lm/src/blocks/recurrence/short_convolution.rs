@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype, ops};
 
 /// Before the state: `b · x` goes to the convolution, `c` past it.
 #[derive(Debug, Clone)]
-pub struct ShortConvolutionProject {
+pub(crate) struct ShortConvolutionProject {
     input: Linear,
 }
 parameters!(ShortConvolutionProject: input);
@@ -19,7 +19,7 @@ pub struct ShortConvolution {
 parameters!(ShortConvolution: convolution);
 
 #[derive(Debug, Clone)]
-pub struct ShortConvolutionMerge {
+pub(crate) struct ShortConvolutionMerge {
     output: Linear,
 }
 parameters!(ShortConvolutionMerge: output);
