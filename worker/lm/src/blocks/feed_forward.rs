@@ -13,7 +13,7 @@ use mlx_rs::{Array, ops};
 #[derive(Debug, Clone)]
 pub(super) enum FeedForwardBlock {
     Mlp(Mlp),
-    Experts(Moe),
+    Experts(Box<Moe>),
     MlpAndExperts(Box<MlpAndExperts>),
 }
 
@@ -23,7 +23,7 @@ impl FeedForwardBlock {
         Ok(Some(match spec {
             FeedForward::None => return Ok(None),
             FeedForward::Mlp(spec) => Self::Mlp(Mlp::load(weights, spec, quantization)?),
-            FeedForward::Experts(spec) => Self::Experts(Moe::load(weights, spec, quantization)?),
+            FeedForward::Experts(spec) => Self::Experts(Box::new(Moe::load(weights, spec, quantization)?)),
             FeedForward::MlpAndExperts { mlp, moe, dense_norm, before_routed, routed_norm } => {
                 Self::MlpAndExperts(Box::new(MlpAndExperts {
                     mlp: Mlp::load(weights, mlp, quantization)?,

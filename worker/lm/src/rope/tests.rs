@@ -164,20 +164,3 @@ fn the_type_of_the_heads_is_kept() {
         }
     }
 }
-
-#[test]
-fn a_signature_tells_kinds_apart() {
-    let signature = |spec: &RopeSpec| Rope::new(spec).expect("built").signature();
-    let plain = RopeSpec::plain(8, 1e4, false).expect("valid");
-    let kinds = [
-        plain.clone(),
-        RopeSpec { theta: 1e5, ..plain.clone() },
-        RopeSpec { interleaved: true, ..plain.clone() },
-        RopeSpec { kind: RopeKind::Linear { factor: 2.0 }, ..plain.clone() },
-        RopeSpec { kind: RopeKind::NtkAlpha { alpha: 1.0 }, ..plain.clone() },
-        RopeSpec { kind: RopeKind::DynamicNtk { factor: 2.0, max_position_embeddings: 8 }, ..plain.clone() },
-        RopeSpec { kind: RopeKind::DynamicNtk { factor: 2.0, max_position_embeddings: 9 }, ..plain },
-    ];
-    let signatures: std::collections::BTreeSet<String> = kinds.iter().map(signature).collect();
-    assert_eq!(signatures.len(), kinds.len(), "{signatures:?}");
-}
