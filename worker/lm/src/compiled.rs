@@ -5,7 +5,7 @@
 
 use crate::{
     blocks::{After, Before, Entry, Exit, Flow, Layer, Mix, Recurrence, with_arrays},
-    cache::RecurrentState,
+    cache::{Cache, RecurrentState},
     error::LmError,
     parameters::Parameters,
 };
@@ -30,8 +30,8 @@ pub struct Ends {
 pub struct Pieces {
     /// One more than there are caches.
     pieces: Vec<Piece>,
-    /// For each cache: its layer, and its step where it is a recurrence.
-    mixes: Vec<(usize, Option<CompiledStep>)>,
+    /// For each cache: its layer, and what happens there.
+    mixes: Vec<(usize, CompiledMix)>,
 }
 
 /// A function with the weights it is called with.
@@ -86,7 +86,7 @@ impl Pieces {
                     beside: piece.gives.beside,
                 };
                 pieces.push(piece);
-                mixes.push((number, CompiledStep::of(mix, &layer.before.signature(), takes_by_mix, &mut functions)));
+                mixes.push((number, CompiledMix::of(mix, &layer.before.signature(), takes_by_mix, &mut functions)));
             }
             fragments.push(Fragment::After(Box::new(layer.after.clone())));
         }
@@ -96,19 +96,19 @@ impl Pieces {
     }
 
     /// Runs a decode step: `input` are token ids `[B, 1]` on the first stage, hidden states `[B, 1, D]` on others. Gives logits `[B, 1, V]`
-    /// on the last stage, hidden states on others, and the per-layer inputs. `mix(layer, flow, step)` runs a layer's mixer over its caches.
+    /// on the last stage, hidden states on others, and the per-layer inputs. `mix(layer, flow, compiled)` runs a layer's mixer over its caches.
     pub fn run(
         &self,
         input: &Array,
         layer_inputs: Option<Array>,
         offsets: &Array,
-        mut mix: impl FnMut(usize, &Flow, Option<&CompiledStep>) -> Result<Vec<Array>, LmError>,
+        mut mix: impl FnMut(usize, &Flow, &CompiledMix) -> Result<Vec<Array>, LmError>,
     ) -> Result<(Array, Option<Array>), LmError> {
         let mut stream = Stream { x: input.clone(), layer_inputs, flow: Flow::default() };
         for (i, piece) in self.pieces.iter().enumerate() {
             stream = piece.call(stream, offsets)?;
-            if let Some((layer, step)) = self.mixes.get(i) {
-                stream.flow.mixed = mix(*layer, &stream.flow, step.as_ref())?;
+            if let Some((layer, compiled)) = self.mixes.get(i) {
+                stream.flow.mixed = mix(*layer, &stream.flow, compiled)?;
             }
         }
         Ok((stream.x, stream.layer_inputs))
@@ -210,6 +210,45 @@ fn function(mut body: impl FnMut(&[Array]) -> Result<Vec<Array>, LmError> + 'sta
     Rc::new(RefCell::new(Box::new(compile(traced, false))))
 }
 
+/// A mixer at its cache, compiled where it is a recurrence.
+pub enum CompiledMix {
+    Step(CompiledStep),
+    /// Each takes this many of the arrays.
+    Parallel(Vec<(usize, CompiledMix)>),
+    Uncompiled(Box<Mix>),
+}
+
+impl CompiledMix {
+    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Self {
+        match mix {
+            Mix::Recurrent(recurrence) => Self::Step(CompiledStep::new((**recurrence).clone(), signature, arity, functions)),
+            Mix::Parallel(mixes) => {
+                let part = |(i, (n, mix)): (usize, &(usize, Mix))| (*n, Self::of(mix, &format!("part {i} of {signature}"), *n, functions));
+                Self::Parallel(mixes.iter().enumerate().map(part).collect())
+            }
+            Mix::Attention(_) | Mix::Latent(_) => Self::Uncompiled(Box::new(mix.clone())),
+        }
+    }
+
+    /// One token of one sequence (`B` and `L` are 1) over its cache: one array for each mixer.
+    pub fn run(&self, rows: &[Array], cache: &mut Cache) -> Result<Vec<Array>, LmError> {
+        match (self, cache) {
+            (Self::Step(step), Cache::Recurrent(state)) => Ok(vec![step.run(rows, state)?]),
+            (Self::Uncompiled(mix), cache) => mix.forward(rows, cache),
+            (Self::Parallel(parts), Cache::Several(caches)) => {
+                let (mut mixed, mut rest) = (Vec::new(), rows);
+                for ((n, part), cache) in parts.iter().zip(caches) {
+                    let (own, others) = rest.split_at(*n);
+                    mixed.extend(part.run(own, cache)?);
+                    rest = others;
+                }
+                Ok(mixed)
+            }
+            _ => Err(LmError::Mlx("a mixer met a cache of another kind".into())),
+        }
+    }
+}
+
 /// One token of one sequence through a recurrence.
 pub struct CompiledStep {
     function: Function,
@@ -219,21 +258,16 @@ pub struct CompiledStep {
 }
 
 impl CompiledStep {
-    /// None for mixers that are no recurrence.
-    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Option<Self> {
-        let Mix::Recurrent(recurrence) = mix else {
-            return None;
-        };
-        let recurrence = (**recurrence).clone();
+    fn new(recurrence: Recurrence, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Self {
         let mut weights = Vec::new();
         recurrence.each(&mut |array| weights.push(array.clone()));
         let key = format!("step {}", with_arrays(signature, &recurrence));
         let function = functions.entry(key).or_insert_with(|| compiled_step(recurrence.clone(), arity));
-        Some(Self { function: Rc::clone(function), recurrence, weights })
+        Self { function: Rc::clone(function), recurrence, weights }
     }
 
     /// `rows` of one token (`B` and `L` are 1).
-    pub fn run(&self, rows: &[Array], state: &mut RecurrentState) -> Result<Array, LmError> {
+    fn run(&self, rows: &[Array], state: &mut RecurrentState) -> Result<Array, LmError> {
         if state.arrays.is_empty() {
             // The first token sets the state's types, which a compiled step keeps.
             return self.recurrence.forward(rows, state);

@@ -6,7 +6,7 @@ use crate::{
     activations::{Activations, heads_to_rows, rows_to_heads},
     blocks::{Entry, Exit, Flow, Layer, over_spans},
     cache::Cache,
-    compiled::{CompiledStep, Ends, Pieces, ROWS_MAX},
+    compiled::{CompiledMix, Ends, Pieces, ROWS_MAX},
     error::LmError,
     ffi,
     linear::Embedding,
@@ -171,9 +171,9 @@ impl Shard {
         let compiled = self.pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
         let is_compiled = compiled.is_some();
         let output = match compiled {
-            Some(pieces) => {
-                Some(pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, compiled))?)
-            }
+            Some(pieces) => Some(
+                pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, Some(compiled)))?,
+            ),
             None if is_last && !all_rows && ends_only(step) => self.forward_to_ends(&x, layer_inputs, step, &mut run)?.map(|x| (x, None)),
             None => Some(self.forward(&x, layer_inputs, &mut run)?),
         };
@@ -300,7 +300,7 @@ impl Shard {
     }
 
     /// Runs a layer's mixer over the caches of a step, and keeps what later stages need of it.
-    fn mix(&self, run: &mut Run, layer: usize, flow: &Flow, compiled: Option<&CompiledStep>) -> Result<Vec<Array>, LmError> {
+    fn mix(&self, run: &mut Run, layer: usize, flow: &Flow, compiled: Option<&CompiledMix>) -> Result<Vec<Array>, LmError> {
         let number = self.range.start + layer as u32;
         if let (true, [_, keys, values, ..]) = (self.passed_on.contains(&number), flow.mixed.as_slice()) {
             run.passed_on.insert(CutTensor::Keys(number), heads_to_rows(keys)?);
@@ -308,10 +308,7 @@ impl Shard {
         }
         let mut caches = run.caches.of_layer(&self.slots, layer);
         match compiled {
-            Some(step) => over_spans(&flow.mixed, run.packing, &mut caches, |rows, cache, _| match cache {
-                Cache::Recurrent(state) => Ok(vec![step.run(rows, state)?]),
-                _ => Err(LmError::Mlx("a recurrence met a cache of another kind".into())),
-            }),
+            Some(mix) => over_spans(&flow.mixed, run.packing, &mut caches, |rows, cache, _| mix.run(rows, cache)),
             None => self.layers[layer].mix(flow, run.packing, &mut caches),
         }
     }
