@@ -106,6 +106,9 @@ def examine(row: Row, options: Options, folder: Path, seed: int, verbose: bool) 
     found.note("chunks", distance(whole["chunked"], wanted))
     for alone, batched in zip(whole["alone"], whole["batched"]):
         found.note("batch", distance(batched, as_wanted(alone, [0.0] * NEW_TOKENS)))
+    for layout in (whole, *split):
+        for alone, unscored in zip(whole["alone"], layout["unscored"]):
+            found.note("unscored", distance(unscored, Wanted([], alone["tokens"], alone["logprobs"], [0.0] * NEW_TOKENS)))
     for other in split:
         for kind in ("alone", "batched"):
             for ours, theirs in zip(other[kind], whole[kind]):
