@@ -156,13 +156,13 @@ pub struct Attend {
 }
 parameters!(Attend: embed_query, unembed_output);
 
-/// What the cache holds for the new tokens, and which of it each of them sees besides being after it.
+/// What the cache holds for some tokens, and what each of them sees of it.
 struct Seen {
     /// `[1, 1, held, latent_dim]`
     latents: Array,
     /// `[1, 1, held, rope_dim]`
     positions: Array,
-    /// `[1, 1, n, top_k]`; None for all.
+    /// `[1, 1, n, top_k]`; None for all that is in reach.
     picked: Option<Array>,
     reach: Reach,
 }
@@ -184,13 +184,22 @@ impl Attend {
 
     /// `rows` are what `Project` made, with `B` = 1 and `L` new tokens: `[1, heads, L, value_dim]`.
     pub fn forward(&self, rows: &[Array], cache: &mut KvCache) -> Result<Array, LmError> {
-        let [content, position, ..] = rows else { return Err(LmError::Mlx("latent attention without queries".into())) };
+        self.fill(rows, cache)?;
+        let (content, position) = queries(rows)?;
         if content.dim(2) == 1 {
             let attended = self.over_latents(&self.embed_queries(rows)?, cache)?;
             return self.unembed_outputs(&attended);
         }
-        let seen = self.append(rows, cache)?;
-        self.over_keys(content, position, &seen)
+        self.over_keys(content, position, &self.seen(rows, cache)?)
+    }
+
+    /// Puts the new tokens into the cache.
+    pub fn fill(&self, rows: &[Array], cache: &mut KvCache) -> Result<(), LmError> {
+        match (&self.indexer, rows) {
+            (None, [_, _, latent, position]) => cache.extend(&[latent, position]),
+            (Some(_), [_, _, latent, position, _, key, _]) => cache.extend(&[latent, position, key]),
+            _ => Err(LmError::Mlx(format!("latent attention got {} arrays", rows.len()))),
+        }
     }
 
     /// Rows of single tokens, with the content of their queries `[B, heads, 1, nope_dim]` brought into the latent space.
@@ -202,16 +211,16 @@ impl Attend {
         Ok(rows)
     }
 
-    /// Attention of one token, whose query is in the latent space, in that space: `[1, heads, 1, latent_dim]`.
-    pub fn over_latents(&self, rows: &[Array], cache: &mut KvCache) -> Result<Array, LmError> {
-        let [queries, position, ..] = rows else { return Err(LmError::Mlx("latent attention without queries".into())) };
-        let Seen { latents, positions, picked, .. } = self.append(rows, cache)?;
+    /// Attention in the latent space of one token, whose query is there, over a cache whose last token it is: `[1, heads, 1, latent_dim]`.
+    pub fn over_latents(&self, rows: &[Array], cache: &KvCache) -> Result<Array, LmError> {
+        let (content, position) = queries(rows)?;
+        let Seen { latents, positions, picked, .. } = self.seen(rows, cache)?;
         let (latents, positions) = match picked.map(|picked| picked.flatten(None, None)).transpose()? {
             Some(picked) => (latents.take_axis(&picked, 2)?, positions.take_axis(&picked, 2)?),
             None => (latents, positions),
         };
         let scores = self.position_scores(position, &positions)?;
-        Ok(fast::scaled_dot_product_attention(queries, &latents, &latents, self.scale, Some(SdpaMask::Array(&scores)), None)?)
+        Ok(fast::scaled_dot_product_attention(content, &latents, &latents, self.scale, Some(SdpaMask::Array(&scores)), None)?)
     }
 
     /// And back: `[B, heads, 1, latent_dim] -> [B, heads, 1, value_dim]`.
@@ -219,18 +228,16 @@ impl Attend {
         by_head(&self.unembed_output, attended)
     }
 
-    fn append(&self, rows: &[Array], cache: &mut KvCache) -> Result<Seen, LmError> {
-        match (&self.indexer, rows) {
-            (None, [_, _, latent, position]) => {
-                let ([latents, positions], reach) = cache.append_all([latent, position])?;
-                Ok(Seen { latents, positions, picked: None, reach })
-            }
-            (Some(indexer), [_, _, latent, position, queries, key, weights]) => {
-                let ([latents, positions, keys], reach) = cache.append_all([latent, position, key])?;
-                Ok(Seen { latents, positions, picked: indexer.forward(queries, &keys, weights, &reach)?, reach })
-            }
-            _ => Err(LmError::Mlx(format!("latent attention got {} arrays", rows.len()))),
-        }
+    /// What the tokens of `rows` see of a cache that holds them.
+    fn seen(&self, rows: &[Array], cache: &KvCache) -> Result<Seen, LmError> {
+        let n = queries(rows)?.0.dim(2);
+        let (Some(indexer), [.., index_queries, _, weights]) = (&self.indexer, rows) else {
+            let ([latents, positions], reach) = cache.seen_arrays(n)?;
+            return Ok(Seen { latents, positions, picked: None, reach });
+        };
+        let ([latents, positions, keys], reach) = cache.seen_arrays(n)?;
+        let picked = indexer.forward(index_queries, &keys, weights, &reach)?;
+        Ok(Seen { latents, positions, picked, reach })
     }
 
     /// Attention of several tokens, with keys and values made of the latent vectors: `[1, heads, n, value_dim]`.
@@ -261,6 +268,14 @@ impl Attend {
     fn position_scores(&self, queries: &Array, keys: &Array) -> Result<Array, LmError> {
         let scale = Array::from_f32(self.scale).as_dtype(queries.dtype())?;
         Ok(ops::matmul(ops::multiply(queries, scale)?, keys.swap_axes(-1, -2)?)?)
+    }
+}
+
+/// Both parts of the queries.
+fn queries(rows: &[Array]) -> Result<(&Array, &Array), LmError> {
+    match rows {
+        [content, position, ..] => Ok((content, position)),
+        _ => Err(LmError::Mlx("latent attention without queries".into())),
     }
 }
 

@@ -106,7 +106,10 @@ impl Layer {
             Some(Mix::Latent(attend)) if packing.is_decode() => {
                 let rows = attend.embed_queries(&flow.mixed)?;
                 let attended = over_spans(&rows, packing, caches, |rows, cache, _| match cache {
-                    Cache::Attention(cache) => Ok(vec![attend.over_latents(rows, cache)?]),
+                    Cache::Attention(cache) => {
+                        attend.fill(rows, cache)?;
+                        Ok(vec![attend.over_latents(rows, cache)?])
+                    }
                     _ => Err(LmError::Mlx("latent attention met a cache of another kind".into())),
                 })?;
                 attended.iter().map(|attended| attend.unembed_outputs(attended)).collect()

@@ -173,10 +173,8 @@ impl KvCache {
         }
     }
 
-    /// Appends to a cache that keeps arrays as they are, and gives what the new tokens see.
-    pub fn append_all<const N: usize>(&mut self, new: [&Array; N]) -> Result<([Array; N], Reach), LmError> {
-        let n = new.first().map_or(0, |array| array.dim(2));
-        self.extend(&new)?;
+    /// The same of a cache that keeps arrays as they are.
+    pub fn seen_arrays<const N: usize>(&self, n: i32) -> Result<([Array; N], Reach), LmError> {
         let seen = self.history.seen(n)?;
         Ok((seen.arrays()?, seen.reach()))
     }

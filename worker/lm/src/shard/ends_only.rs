@@ -9,7 +9,6 @@ use crate::{
     blocks::{Flow, Layer, Mix, own_rows},
     cache::Cache,
     error::LmError,
-    ffi,
     packing::{Packing, Span},
 };
 use mlx_cluster_common::{
@@ -44,7 +43,7 @@ impl Shard {
         let layers = self.spec.layers_of(self.range.clone());
         let own_caches = layers.iter().rposition(|layer| layer.mixer != Mixer::None && layer.mixer.source_layer().is_none());
         let after_caches = own_caches.map_or(0, |last| last + 1);
-        let early = own_caches.filter(|last| matches!(self.layers[*last].mix, Some(Mix::Attention(_))));
+        let early = own_caches.filter(|last| matches!(self.layers[*last].mix, Some(Mix::Attention(_) | Mix::Latent(_))));
         let (x, layer_inputs) = self.forward_layers(input, layer_inputs, run, early.unwrap_or(after_caches))?;
         let ends = Ends::of(step, run.packing);
         let read = ends.as_ref().map(|ends| ends.rows_of(&x)).transpose()?;
@@ -79,7 +78,7 @@ impl Shard {
     ) -> Result<Option<Array>, LmError> {
         let mut caches = run.caches.of_layer(&self.slots, layer);
         let layer = &self.layers[layer];
-        fill(&layer.before.forward(x, &run.packing.offsets)?, run.packing, &mut caches)?;
+        fill(layer, &layer.before.forward(x, &run.packing.offsets)?, run.packing, &mut caches)?;
         let Some((ends, read)) = read else {
             return Ok(None);
         };
@@ -114,29 +113,44 @@ impl Ends {
     }
 }
 
-/// Appends the keys and values of all tokens to the caches of their segments.
-fn fill(flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<(), LmError> {
-    let [_, keys, values] = flow.mixed.as_slice() else {
-        return Err(LmError::Mlx("attention without keys and values".into()));
-    };
+/// Puts all tokens into the caches of their segments.
+fn fill(layer: &Layer, flow: &Flow, packing: &Packing, caches: &mut [&mut Cache]) -> Result<(), LmError> {
     for (span, cache) in packing.spans.iter().zip(caches) {
-        let rows = |y: &Array| if packing.spans.len() == 1 { Ok(y.clone()) } else { own_rows(y, span) };
-        attention_of(cache)?.extend(&[&rows(keys)?, &rows(values)?])?;
+        let rows = if packing.spans.len() == 1 { flow.mixed.clone() } else { rows_of_span(&flow.mixed, span)? };
+        let cache = attention_of(cache)?;
+        match (&layer.mix, rows.as_slice()) {
+            (Some(Mix::Attention(_)), [_, keys, values]) => cache.extend(&[keys, values])?,
+            (Some(Mix::Latent(attend)), rows) => attend.fill(rows, cache)?,
+            _ => return Err(LmError::Mlx("attention without keys and values".into())),
+        }
     }
     Ok(())
 }
 
+fn rows_of_span(mixed: &[Array], span: &Span) -> Result<Vec<Array>, LmError> {
+    mixed.iter().map(|y| own_rows(y, span)).collect()
+}
+
 /// Attention of the tokens that are read over caches that hold them already: `[ends, heads, 1, head_dim]`.
 fn attend(layer: &Layer, flow: &Flow, ends: &Ends, caches: Vec<&mut Cache>) -> Result<Array, LmError> {
-    let (Some(Mix::Attention(attend)), [queries, ..]) = (&layer.mix, flow.mixed.as_slice()) else {
-        return Err(LmError::Mlx("only attention can end early".into()));
+    let mixed = match &layer.mix {
+        Some(Mix::Latent(attend)) => attend.embed_queries(&flow.mixed)?,
+        _ => flow.mixed.clone(),
     };
     let mut attended = Vec::new();
-    for (row, cache) in (0..).zip(ends.wanted_of(caches)) {
-        let own = ffi::slice(queries, &[row, 0, 0, 0], &[row + 1, queries.dim(1), 1, queries.dim(3)])?;
-        attended.push(attend.forward(&[own], attention_of(cache)?)?);
+    for (span, cache) in ends.packing.spans.iter().zip(ends.wanted_of(caches)) {
+        let (rows, cache) = (rows_of_span(&mixed, span)?, attention_of(cache)?);
+        attended.push(match &layer.mix {
+            Some(Mix::Attention(attend)) => attend.forward(rows.get(..1).unwrap_or_default(), cache)?,
+            Some(Mix::Latent(attend)) => attend.over_latents(&rows, cache)?,
+            _ => return Err(LmError::Mlx("only attention can end early".into())),
+        });
     }
-    Ok(ops::concatenate(&attended, 0)?)
+    let attended = ops::concatenate(&attended, 0)?;
+    match &layer.mix {
+        Some(Mix::Latent(attend)) => attend.unembed_outputs(&attended),
+        _ => Ok(attended),
+    }
 }
 
 fn attention_of(cache: &mut Cache) -> Result<&mut crate::cache::KvCache, LmError> {
