@@ -212,7 +212,7 @@ fn function(mut body: impl FnMut(&[Array]) -> Result<Vec<Array>, LmError> + 'sta
 
 /// A mixer at its cache, compiled where it is a recurrence.
 pub enum CompiledMix {
-    Step(CompiledStep),
+    Step(Box<CompiledStep>),
     /// Each takes this many of the arrays.
     Parallel(Vec<(usize, CompiledMix)>),
     Uncompiled(Box<Mix>),
@@ -221,7 +221,7 @@ pub enum CompiledMix {
 impl CompiledMix {
     fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Self {
         match mix {
-            Mix::Recurrent(recurrence) => Self::Step(CompiledStep::new((**recurrence).clone(), signature, arity, functions)),
+            Mix::Recurrent(recurrence) => Self::Step(Box::new(CompiledStep::new((**recurrence).clone(), signature, arity, functions))),
             Mix::Parallel(mixes) => {
                 let part = |(i, (n, mix)): (usize, &(usize, Mix))| (*n, Self::of(mix, &format!("part {i} of {signature}"), *n, functions));
                 Self::Parallel(mixes.iter().enumerate().map(part).collect())

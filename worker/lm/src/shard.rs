@@ -5,7 +5,6 @@ mod ends_only;
 use crate::{
     activations::{Activations, heads_to_rows, rows_to_heads},
     blocks::{Entry, Exit, Flow, Layer, over_spans},
-    cache::Cache,
     compiled::{CompiledMix, Ends, Pieces, ROWS_MAX},
     error::LmError,
     ffi,
