@@ -223,6 +223,8 @@ impl fmt::Display for Group {
 }
 
 #[cfg(test)]
+mod state_spaces_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 pub(crate) use tests::tiny;
