@@ -195,7 +195,7 @@ ROWS = [
     Row("granitemoehybrid", {**GRANITE, **DENSE, "num_hidden_layers": 4, "layer_types": ["attention"] * 4, "mamba_n_heads": None,
                              "mlp_bias": True},
         "dense, attention alone"),
-    Row("nemotron_h", NEMOTRON_H, prompt_tokens=TWO_CHUNKS, cuts=((1,), (2, 4)), adjust=remembering, published=NEMOTRON_PUBLISHED,
+    Row("nemotron_h", NEMOTRON_H, prompt_tokens=TWO_CHUNKS, cuts=((1,), (1, 2), (2, 6)), adjust=remembering, published=NEMOTRON_PUBLISHED,
         published_config=tagged_infinity),
     Row("nemotron_h", {**NEMOTRON_H, **NEMOTRON_EXPERTS}, "experts", prompt_tokens=TWO_CHUNKS, cuts=((1,), (2, 5)), adjust=remembering,
         published=NEMOTRON_PUBLISHED),
