@@ -1,4 +1,4 @@
-//! Selective scan (Gu and Dao 2023), Mamba 1: behind a short convolution, a state a channel whose decay and intake hang on the token.
+//! Selective scan (Gu and Dao 2023): behind a short convolution, a state a channel whose decay and intake hang on the token.
 
 use super::{convolution::Convolution, fused::Fused, only};
 use crate::{

@@ -1,4 +1,4 @@
-//! State space duality (Dao and Gu 2024), Mamba 2: behind a short convolution, a state a head decays and takes in each token.
+//! State space duality (Dao and Gu 2024): behind a short convolution, a state a head decays and takes in each token.
 
 use super::{convolution::Convolution, fused::Fused, gated_norm::GatedNorm, only};
 use crate::{blocks::mixer::Projected, error::LmError, ffi, linear::Linear, parameters::parameters, weights::Weights};
