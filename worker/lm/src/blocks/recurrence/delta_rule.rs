@@ -4,7 +4,7 @@
 //! value_dim]`: `groups` value heads share a key head.
 
 use crate::{error::LmError, ffi};
-use mlx_rs::{Array, ops};
+use mlx_rs::{Array, Device, DeviceType, ops};
 
 /// Tokens that are done at once. More make fewer steps one after the other, and more work for each token.
 const CHUNK: i32 = 32;
@@ -48,7 +48,7 @@ impl Tokens {
         let (decay, beta) = (ops::exp(gate(&self.log_decay)?)?, gate(&self.beta)?);
         let recalled = ops::multiply(&decay, ops::matmul(&key, state)?)?;
         let learned = ops::multiply(ops::subtract(value, recalled)?, beta)?;
-        let state = ops::add(ops::multiply(state, decay)?, ops::multiply(key.swap_axes(-1, -2)?, learned)?)?;
+        let state = remember(state, &decay, &key, &learned)?;
         Ok((ops::matmul(query, &state)?.reshape(&[1, heads, groups, value_dim])?, state))
     }
 
@@ -146,6 +146,21 @@ impl Chunks {
         let y = ops::stack(&outputs, 0)?.transpose_axes(&[0, 3, 1, 2, 4])?;
         Ok((y.reshape(&[n * y.dim(1), y.dim(2), y.dim(3), y.dim(4)])?, state))
     }
+}
+
+/// `state · decay + keyᵀ learned`, for one token.
+fn remember(state: &Array, decay: &Array, key: &Array, learned: &Array) -> Result<Array, LmError> {
+    if !matches!(Device::try_default()?.get_type()?, DeviceType::Cpu) {
+        return Ok(ops::add(ops::multiply(state, decay)?, ops::multiply(key.swap_axes(-1, -2)?, learned)?)?);
+    }
+    // Compiled into one kernel, this would go element by element on a CPU, since its inputs are broadcast; plain products go by vectors.
+    // What is spread by its strides is no operation that is compiled into others, and neither is `contiguous`.
+    let shape = state.shape();
+    let [groups, key_dim, value_dim] = [shape[1], shape[2], shape[3]].map(i64::from);
+    let spread = |y: &Array, strides: [i64; 4]| y.as_strided(shape, strides.as_slice(), 0);
+    let kept = ops::multiply(state, spread(decay, [groups, 1, 0, 0])?)?.contiguous()?;
+    let written = ops::multiply(spread(key, [key_dim, 0, 1, 0])?, spread(learned, [groups * value_dim, value_dim, 0, 1])?)?;
+    Ok(ops::add(kept, written.contiguous()?)?)
 }
 
 /// Row and column numbers of a square matrix.
