@@ -79,6 +79,9 @@ fn attending_layers(decoder: &Decoder) -> Result<Vec<u32>, ConfigError> {
         let message = format!("layer_types has {} entries for num_hidden_layers {}", types.len(), decoder.n_layers);
         return Err(ConfigError::Contradiction { message });
     }
+    if let Some(other) = types.iter().find(|kind| !["full_attention", "conv"].contains(kind)) {
+        return Err(decoder.source.unsupported(format!("layers of type `{other}`")));
+    }
     Ok((0..).zip(types).filter(|(_, kind)| *kind == "full_attention").map(|(i, _)| i).collect())
 }
 
@@ -159,4 +162,43 @@ fn published_moe(spec: &ModelSpec, tensors: &mut Tensors) -> Result<(), Publishe
     }
     let projections = ["gate_proj", "up_proj", "down_proj"].map(|name| (name, name));
     tensors.stack_experts("feed_forward.experts", "feed_forward.switch_mlp", &projections)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        architectures::{read_spec, tiny},
+        spec::{FeedForward, Mixer},
+    };
+    use serde_json::{Value, json};
+
+    #[test]
+    fn mlps_are_as_wide_as_the_config_makes_them() {
+        let width = |changes: Value| {
+            let mut config = tiny("lfm2");
+            config.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+            match &read_spec(&config).expect("valid").layers[0].feed_forward {
+                FeedForward::Mlp(mlp) => mlp.inner_dims(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(width(json!({"block_ff_dim": 6656})), 4608);
+        assert_eq!(width(json!({"block_ff_dim": 200, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 32})), 192);
+        assert_eq!(width(json!({"block_auto_adjust_ff_dim": false})), 96);
+    }
+
+    #[test]
+    fn layers_attend_as_listed() {
+        let attends = |listed: Value| {
+            let mut config = tiny("lfm2");
+            config["full_attn_idxs"] = Value::Null;
+            config.as_object_mut().expect("an object").extend(listed.as_object().expect("an object").clone());
+            let spec = read_spec(&config).map_err(|error| error.to_string())?;
+            Ok::<_, String>(spec.layers.iter().map(|layer| matches!(layer.mixer, Mixer::Attention(_))).collect::<Vec<_>>())
+        };
+        assert_eq!(attends(json!({"full_attn_idxs": [0, 2]})), Ok(vec![true, false, true]));
+        assert_eq!(attends(json!({"layer_types": ["conv", "full_attention", "conv"]})), Ok(vec![false, true, false]));
+        assert!(attends(json!({"layer_types": ["conv", "mamba", "conv"]})).expect_err("unknown").contains("mamba"));
+        assert!(attends(json!({})).expect_err("none").contains("layer_types"));
+    }
 }

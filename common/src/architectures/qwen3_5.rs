@@ -72,3 +72,46 @@ fn published(_: &ModelSpec, tensors: &mut Tensors) -> Result<(), PublishedError>
     tensors.rename_suffix("mlp.experts.down_proj", "mlp.switch_mlp.down_proj.weight")?;
     tensors.split_halves("mlp.experts.gate_up_proj", ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj"])
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        architectures::{read_spec, tiny},
+        dtype::DType,
+        published::{Recipe, Tensors},
+        spec::Mixer,
+        weights::{TensorEntry, WeightIndex},
+    };
+    use serde_json::{Value, json};
+
+    #[test]
+    fn layers_attend_as_listed_or_at_intervals() {
+        let attends = |changes: Value| {
+            let mut config = tiny("qwen3_5");
+            config["text_config"].as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+            let spec = read_spec(&config).map_err(|error| error.to_string())?;
+            Ok::<_, String>(spec.layers.iter().map(|layer| matches!(layer.mixer, Mixer::Attention(_))).collect::<Vec<_>>())
+        };
+        assert_eq!(attends(json!({})), Ok(vec![false, false, false]));
+        assert_eq!(attends(json!({"full_attention_interval": 2})), Ok(vec![false, true, false]));
+        let listed = json!({"layer_types": ["full_attention", "linear_attention", "linear_attention"], "full_attention_interval": 2});
+        assert_eq!(attends(listed), Ok(vec![true, false, false]));
+        assert!(attends(json!({"linear_num_value_heads": 3, "linear_num_key_heads": 2})).expect_err("heads").contains("linear_num"));
+    }
+
+    /// One is added to a norm's weight when the model is published, whichever of its files are here.
+    #[test]
+    fn norms_of_published_models_get_one_added() {
+        let recipe = |name: &str, elsewhere: &str| {
+            let entry = TensorEntry { file: "a.safetensors".into(), dtype: DType::BF16, shape: vec![64], bytes: 128 };
+            let index = WeightIndex { tensors: [(name.into(), entry)].into(), elsewhere: [elsewhere.into()].into() };
+            let mut tensors = Tensors::new(&index);
+            super::published(&read_spec(&tiny("qwen3_5")).expect("valid"), &mut tensors).expect("applies");
+            tensors.get("language_model.model.norm.weight").expect("the norm").recipe.clone()
+        };
+        let added = |recipe| matches!(recipe, Recipe::Add { addend: 1.0, .. });
+        assert!(added(recipe("model.language_model.norm.weight", "model.language_model.embed_tokens.weight")));
+        assert!(added(recipe("model.norm.weight", "lm_head.weight")));
+        assert!(!added(recipe("language_model.model.norm.weight", "language_model.model.embed_tokens.weight")));
+    }
+}
