@@ -150,11 +150,20 @@ impl Chunks {
 
 /// `state · decay + keyᵀ learned`, for one token.
 fn remember(state: &Array, decay: &Array, key: &Array, learned: &Array) -> Result<Array, LmError> {
-    if !matches!(Device::try_default()?.get_type()?, DeviceType::Cpu) {
-        return Ok(ops::add(ops::multiply(state, decay)?, ops::multiply(key.swap_axes(-1, -2)?, learned)?)?);
+    match Device::try_default()?.get_type()? {
+        DeviceType::Cpu => remember_apart(state, decay, key, learned),
+        _ => remember_at_once(state, decay, key, learned),
     }
-    // Compiled into one kernel, this would go element by element on a CPU, since its inputs are broadcast; plain products go by vectors.
-    // What is spread by its strides is no operation that is compiled into others, and neither is `contiguous`.
+}
+
+/// To be compiled into one kernel, which reads and writes the state once.
+fn remember_at_once(state: &Array, decay: &Array, key: &Array, learned: &Array) -> Result<Array, LmError> {
+    Ok(ops::add(ops::multiply(state, decay)?, ops::multiply(key.swap_axes(-1, -2)?, learned)?)?)
+}
+
+/// In three kernels. On a CPU a compiled one goes element by element when its inputs are broadcast, and plain ones go by vectors. What is
+/// spread by strides is not compiled into others, and neither is `contiguous`, which copies nothing here.
+fn remember_apart(state: &Array, decay: &Array, key: &Array, learned: &Array) -> Result<Array, LmError> {
     let shape = state.shape();
     let [groups, key_dim, value_dim] = [shape[1], shape[2], shape[3]].map(i64::from);
     let spread = |y: &Array, strides: [i64; 4]| y.as_strided(shape, strides.as_slice(), 0);
@@ -273,6 +282,15 @@ mod tests {
     fn difference(a: &Array, b: &Array) -> f32 {
         assert_eq!(a.shape(), b.shape());
         ops::subtract(a, b).and_then(|y| ops::abs(&y)?.max(None)).expect("compares").item_exact::<f32>()
+    }
+
+    #[test]
+    fn both_ways_to_remember_agree() {
+        let gates = |seed| ops::sigmoid(normal(&[HEADS, GROUPS, 1, 1], seed)).expect("gates");
+        let (decay, key, learned) = (gates(7), normal(&[HEADS, 1, 1, 16], 8), normal(&[HEADS, GROUPS, 1, 8], 9));
+        let at_once = remember_at_once(&state(), &decay, &key, &learned).expect("runs");
+        let apart = remember_apart(&state(), &decay, &key, &learned).expect("runs");
+        assert!(difference(&at_once, &apart) < 1e-6);
     }
 
     #[test]
