@@ -30,6 +30,8 @@ class Case:
     # One tensor an expert, as on the hub, instead of stacked as mlx-lm saves them.
     experts_apart: bool = False
     files: int = 2
+    # The row of the table of architectures that it is, if any.
+    row: object = None
 
 
 def config(model_type: str, **changes) -> dict:
@@ -68,13 +70,38 @@ VARIANTS = [
 ]
 
 
+# Rows of the table of architectures that go through the whole cluster too: each has something else in its frames or caches.
+FROM_TABLE = {
+    "gpt_oss": None,
+    "deepseek_v3": AFFINE4,
+    "deepseek_v32": None,
+    "qwen3_next": AFFINE4,
+    "gemma4_text shared keys and values, inputs for each layer": None,
+    "gemma4_text experts": None,
+    "mamba2": None,
+    "falcon_h1": None,
+    "lfm2": None,
+}
+
+
 def cases() -> list[Case]:
     families = [Case(f"{name} {scheme}", config, SCHEMES[scheme]) for name, config in FAMILIES.items() for scheme in SCHEMES]
-    return families + VARIANTS
+    return families + VARIANTS + table_cases()
+
+
+def table_cases() -> list[Case]:
+    from architectures import rows
+
+    found = {row.title: row for row in rows() if row.title in FROM_TABLE}
+    return [Case(title, found[title].config, scheme, row=found[title]) for title, scheme in FROM_TABLE.items()]
 
 
 def build(case: Case, folder: Path, seed: int) -> Path:
     """Writes the model of a case."""
+    if case.row:
+        from architectures.fabricate import build as build_row
+
+        return build_row(case.row, folder, seed, case.quantization)
     folder.mkdir(parents=True)
     mx.random.seed(seed)
     module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(case.config['model_type'], case.config['model_type'])}")

@@ -2,8 +2,8 @@
 
     python tests/parity/sameness.py
 
-Temperature 0.8 with a seed, a routed 4-bit model with random weights (its distribution is flat, so that the smallest difference
-shows) and the bundled one. Ends with `N passed, N failed`.
+Temperature 0.8 with a seed, on models with random weights (their distribution is flat, so that the smallest difference shows): routed in 4 bits, with a state, with latent
+attention; and on the bundled one. Ends with `N passed, N failed`.
 """
 
 import json
@@ -75,6 +75,10 @@ def main() -> None:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sameness-")))
         routed = models.Case("random routed model, 4 bits", models.config("qwen3_moe", **models.MOE), models.AFFINE4)
         folders = {routed.name: models.build(routed, scratch / "routed", 5), "bundled model": Path(__file__).parents[2] / "demo/model"}
+        # Mixers that mind where a prompt is cut.
+        for case in models.table_cases():
+            if case.name in ("qwen3_next", "mamba2", "deepseek_v3"):
+                folders[f"random {case.name}"] = models.build(case, scratch / case.name, 5)
         clusters = [stack.enter_context(Workers(count)) for count in WORKERS]
         for name, folder in folders.items():
             wanted = None
