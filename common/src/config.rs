@@ -12,7 +12,7 @@ pub enum ConfigError {
     #[error("config.json: {message}")]
     Contradiction { message: String },
     #[error(
-        "model_type `{model_type}` is not supported; the nearest that is is `{nearest}`. `mlx-cluster models supported` lists all {supported}; \
+        "model_type `{model_type}` is not supported; the nearest supported one is `{nearest}`. `mlx-cluster models supported` lists all {supported}; \
          docs/adding-an-architecture.md says how to add one"
     )]
     UnknownModelType { model_type: String, nearest: &'static str, supported: usize },

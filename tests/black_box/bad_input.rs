@@ -28,7 +28,7 @@ fn expect_refusals(models: Vec<BadModel>) {
 fn configs() {
     let config = |changes: Value| TinyModel::new().with_config(&changes);
     expect_refusals(vec![
-        bad(config(json!({"model_type": "gpt9"})), &["gpt9", "llama", "qwen3_moe"]),
+        bad(config(json!({"model_type": "lama"})), &["`lama`", "`llama`", "models supported", "adding-an-architecture"]),
         bad(config(json!({"hidden_size": null})), &["hidden_size"]),
         bad(config(json!({"num_hidden_layers": 1_000_000_000_000u64})), &["num_hidden_layers"]),
         bad(config(json!({"num_attention_heads": 0})), &["num_attention_heads"]),
