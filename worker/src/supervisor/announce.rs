@@ -113,7 +113,7 @@ mod tests {
         assert!(!info.is_addr_auto() && info.get_addresses().len() == 1);
         let properties = info.get_properties();
         assert_eq!((text(properties, "cluster"), text(properties, "role"), text(properties, "name")), ("test", "worker", "mini-2"));
-        assert_eq!((text(properties, "id"), text(properties, "proto")), (local.id.0.as_str(), "1"));
+        assert_eq!((text(properties, "id"), text(properties, "proto")), (local.id.0.as_str(), PROTOCOL_VERSION.to_string().as_str()));
         assert!(service_info(&self::local("0.0.0.0:4000")).expect("valid").is_addr_auto());
     }
 
