@@ -24,7 +24,7 @@ closing_line() { # the counts of all test runners in a log together, else its la
   counts=$(sed -nE 's/^(test result: .*\. )?([0-9]+) passed[;,] ([0-9]+) failed.*/\2 \3/p' "$1" | awk '{p += $1; f += $2; n++} END {if (n) print p " passed, " f " failed"}')
   echo "${counts:-$(tail -n 1 "$1" | cut -c 1-100)}"
 }
-rust_tests() { cargo test --locked --workspace; }
+rust_tests() { cargo test --locked --workspace --no-fail-fast; }
 rust_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps; }
 
 scripts/setup-mlx.sh || exit 1
