@@ -16,7 +16,13 @@ use crate::{
 
 pub(super) const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "lfm2", group: Group::StateSpace, special: "short convolutions beside attention", read },
-    Architecture { model_type: "lfm2-vl", group: Group::StateSpace, special: "the language model of lfm2-vl", read: read_text },
+    Architecture { model_type: "lfm2-vl", group: Group::StateSpace, special: "text of LFM2-VL: as lfm2", read: read_text },
+    Architecture {
+        model_type: "lfm2_vl",
+        group: Group::StateSpace,
+        special: "lfm2-vl by the name that transformers gives it",
+        read: read_text,
+    },
     Architecture { model_type: "lfm2_moe", group: Group::StateSpace, special: "short convolutions, sigmoid router", read: read_moe },
 ];
 
