@@ -205,8 +205,8 @@ impl Mixer {
     /// Whether what it computes differs in the last bits with where a prompt is cut.
     pub(super) fn minds_cuts(&self) -> bool {
         match self {
-            Mixer::Latent(_) | Mixer::GatedDelta(_) | Mixer::StateSpace(_) | Mixer::SelectiveScan(_) => true,
-            Mixer::None | Mixer::Attention(_) | Mixer::ShortConvolution(_) => false,
+            Mixer::Latent(_) | Mixer::GatedDelta(_) | Mixer::StateSpace(_) | Mixer::SelectiveScan(_) | Mixer::ShortConvolution(_) => true,
+            Mixer::None | Mixer::Attention(_) => false,
             Mixer::Parallel(mixers) => mixers.iter().any(Mixer::minds_cuts),
         }
     }

@@ -185,7 +185,7 @@ impl ModelSpec {
     }
 
     /// Prompts have to be cut at multiples of this for the same answer to the last bit: mixers with a state work through a prompt in chunks, and
-    /// latent attention computes a single token in another form.
+    /// convolutions and latent attention compute a single token in another form.
     pub fn part_multiple(&self) -> u32 {
         if self.layers.iter().any(|layer| layer.mixer.minds_cuts()) { CHUNK_TOKENS } else { 1 }
     }

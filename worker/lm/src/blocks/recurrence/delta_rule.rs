@@ -4,10 +4,13 @@
 //! value_dim]`: `groups` value heads share a key head.
 
 use crate::{error::LmError, ffi};
+use mlx_cluster_common::spec::CHUNK_TOKENS;
 use mlx_rs::{Array, Device, DeviceType, ops};
 
 /// Tokens that are done at once. More make fewer steps one after the other, and more work for each token.
+/// It divides `CHUNK_TOKENS`, so that a token's numbers do not depend on where prompts are cut.
 const CHUNK: i32 = 32;
+const _: () = assert!(CHUNK_TOKENS.is_multiple_of(CHUNK as u32));
 
 /// What a sequence's new tokens bring.
 pub(super) struct Tokens {
@@ -30,9 +33,12 @@ impl Tokens {
             1 => self.one(state),
             n if n <= CHUNK => Chunks::new(self, n)?.forward(state),
             n if n % CHUNK == 0 => Chunks::new(self, CHUNK)?.forward(state),
+            // What is left is not filled up: so its numbers are those that it would have in a step of its own.
             n => {
-                let (y, state) = Chunks::new(&self.padded(CHUNK - n % CHUNK)?, CHUNK)?.forward(state)?;
-                Ok((ffi::slice(&y, &[0, 0, 0, 0], &[n, y.dim(1), y.dim(2), y.dim(3)])?, state))
+                let whole = n / CHUNK * CHUNK;
+                let (first, state) = self.span(0, whole)?.forward(state)?;
+                let (rest, state) = self.span(whole, n)?.forward(&state)?;
+                Ok((ops::concatenate(&[first, rest], 0)?, state))
             }
         }
     }
@@ -52,18 +58,17 @@ impl Tokens {
         Ok((ops::matmul(query, &state)?.reshape(&[1, heads, groups, value_dim])?, state))
     }
 
-    /// Tokens that change nothing after the others.
-    fn padded(&self, n: i32) -> Result<Self, LmError> {
-        let padded = |y: &Array| -> Result<Array, LmError> {
-            let zeros = ops::zeros_dtype(&[&[n], &y.shape()[1..]].concat(), y.dtype())?;
-            Ok(ops::concatenate(&[y, &zeros], 0)?)
+    fn span(&self, start: i32, stop: i32) -> Result<Self, LmError> {
+        let span = |y: &Array| {
+            let (from, to) = (vec![0; y.ndim() - 1], y.shape()[1..].to_vec());
+            ffi::slice(y, &[vec![start], from].concat(), &[vec![stop], to].concat())
         };
         Ok(Self {
-            queries: padded(&self.queries)?,
-            keys: padded(&self.keys)?,
-            values: padded(&self.values)?,
-            log_decay: padded(&self.log_decay)?,
-            beta: padded(&self.beta)?,
+            queries: span(&self.queries)?,
+            keys: span(&self.keys)?,
+            values: span(&self.values)?,
+            log_decay: span(&self.log_decay)?,
+            beta: span(&self.beta)?,
         })
     }
 }
@@ -302,6 +307,20 @@ mod tests {
                 let (wanted, wanted_after) = by_token(&tokens, &state);
                 let found = (difference(&y, &wanted), difference(&after, &wanted_after));
                 assert!(found.0 < 1e-5 && found.1 < 1e-5, "{n} tokens, alike {alike}, forgetting {forgetting}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn cuts_at_multiples_change_no_bit() {
+        for n in [90, 97, 129, 200] {
+            let (tokens, state) = (tokens(n, 0.5, 1.0), state());
+            let (whole, after) = tokens.forward(&state).expect("goes through");
+            for cut in (64..n - 1).step_by(64) {
+                let (first, middle) = tokens.span(0, cut).expect("cut").forward(&state).expect("goes through");
+                let (rest, end) = tokens.span(cut, n).expect("cut").forward(&middle).expect("goes through");
+                let joined = ops::concatenate(&[first, rest], 0).expect("joined");
+                assert_eq!((difference(&joined, &whole), difference(&end, &after)), (0.0, 0.0), "{n} tokens cut at {cut}");
             }
         }
     }
