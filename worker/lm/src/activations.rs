@@ -12,10 +12,6 @@ pub struct Activations {
 }
 
 impl Activations {
-    pub fn new(hidden: Array) -> Self {
-        Self { tensors: BTreeMap::from([(CutTensor::Hidden, hidden)]) }
-    }
-
     /// Reads tensors by their names on the wire.
     pub fn from_named(tensors: impl IntoIterator<Item = (String, Array)>) -> Result<Self, LmError> {
         let named = tensors.into_iter().map(|(name, array)| {

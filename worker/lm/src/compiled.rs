@@ -30,8 +30,8 @@ pub struct Ends {
 pub struct Pieces {
     /// One more than there are caches.
     pieces: Vec<Piece>,
-    /// For each cache: its layer, and what happens there.
-    mixes: Vec<(usize, CompiledMix)>,
+    /// For each cache: its layer, and what happens there, where that is compiled too.
+    mixes: Vec<(usize, Option<CompiledMix>)>,
 }
 
 /// A function with the weights it is called with.
@@ -102,13 +102,13 @@ impl Pieces {
         input: &Array,
         layer_inputs: Option<Array>,
         offsets: &Array,
-        mut mix: impl FnMut(usize, &Flow, &CompiledMix) -> Result<Vec<Array>, LmError>,
+        mut mix: impl FnMut(usize, &Flow, Option<&CompiledMix>) -> Result<Vec<Array>, LmError>,
     ) -> Result<(Array, Option<Array>), LmError> {
         let mut stream = Stream { x: input.clone(), layer_inputs, flow: Flow::default() };
         for (i, piece) in self.pieces.iter().enumerate() {
             stream = piece.call(stream, offsets)?;
             if let Some((layer, compiled)) = self.mixes.get(i) {
-                stream.flow.mixed = mix(*layer, &stream.flow, compiled)?;
+                stream.flow.mixed = mix(*layer, &stream.flow, compiled.as_ref())?;
             }
         }
         Ok((stream.x, stream.layer_inputs))
@@ -219,14 +219,20 @@ pub enum CompiledMix {
 }
 
 impl CompiledMix {
-    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Self {
+    /// None for attention, which is left to the layer.
+    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Option<Self> {
         match mix {
-            Mix::Recurrent(recurrence) => Self::Step(Box::new(CompiledStep::new((**recurrence).clone(), signature, arity, functions))),
-            Mix::Parallel(mixes) => {
-                let part = |(i, (n, mix)): (usize, &(usize, Mix))| (*n, Self::of(mix, &format!("part {i} of {signature}"), *n, functions));
-                Self::Parallel(mixes.iter().enumerate().map(part).collect())
+            Mix::Recurrent(recurrence) => {
+                Some(Self::Step(Box::new(CompiledStep::new((**recurrence).clone(), signature, arity, functions))))
             }
-            Mix::Attention(_) | Mix::Latent(_) => Self::Uncompiled(Box::new(mix.clone())),
+            Mix::Parallel(mixes) => {
+                let part = |(i, (n, mix)): (usize, &(usize, Mix))| {
+                    let compiled = Self::of(mix, &format!("part {i} of {signature}"), *n, functions);
+                    (*n, compiled.unwrap_or_else(|| Self::Uncompiled(Box::new(mix.clone()))))
+                };
+                Some(Self::Parallel(mixes.iter().enumerate().map(part).collect()))
+            }
+            Mix::Attention(_) | Mix::Latent(_) => None,
         }
     }
 

@@ -73,9 +73,7 @@ impl Shard {
         let embedding = needed.then(|| Embedding::load(&mut weights, &spec.embedding, &spec.quantization)).transpose()?;
         let mut blocks = Vec::new();
         for (number, layer) in (layers.start..).zip(spec.layers_of(layers.clone())) {
-            let mut block = Layer::load(&mut weights, spec, number, layer)?;
-            block.set_first_layer(layers.start)?;
-            blocks.push(block);
+            blocks.push(Layer::load(&mut weights, &spec.quantization, layer, number, number - layers.start)?);
         }
         let exit = last.then(|| Exit::load(&mut weights, spec, embedding.as_ref())).transpose()?;
         let entry = embedding.filter(|_| first).map(|embedding| Entry::load(&mut weights, spec, embedding)).transpose()?;
@@ -145,8 +143,7 @@ impl Shard {
             layer.before.each(&mut |array| dtype = dtype.or(Some(array.dtype()).filter(|dtype| FLOATS.contains(dtype))));
         }
         let dtype = dtype.unwrap_or(Dtype::Float32);
-        let zeros = |(tensor, width): (CutTensor, u32)| Ok::<_, LmError>((tensor, ops::zeros_dtype(&[tokens, width as i32], dtype)?));
-        Ok(Activations { tensors: self.spec.cut_tensors(self.range.start).into_iter().map(zeros).collect::<Result<_, _>>()? })
+        self.zeros(self.range.start, tokens, dtype)
     }
 
     /// Applies a step. `input` is what the stage before made of it; None on the first stage. The output is lazy.
@@ -156,7 +153,7 @@ impl Shard {
         if step.segments.is_empty() {
             return match is_last {
                 true => Ok(StepOutput::Result(self.nothing(step))),
-                false => Ok(StepOutput::Activations(self.empty_activations()?)),
+                false => Ok(StepOutput::Activations(self.zeros(self.range.end, 0, Dtype::Float32)?)),
             };
         }
         let packing = Packing::of(step);
@@ -170,9 +167,9 @@ impl Shard {
         let compiled = self.pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
         let is_compiled = compiled.is_some();
         let output = match compiled {
-            Some(pieces) => Some(
-                pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, Some(compiled)))?,
-            ),
+            Some(pieces) => {
+                Some(pieces.run(&x, layer_inputs, &packing.offsets, |layer, flow, compiled| self.mix(&mut run, layer, flow, compiled))?)
+            }
             None if is_last && !all_rows && ends_only(step) => self.forward_to_ends(&x, layer_inputs, step, &mut run)?.map(|x| (x, None)),
             None => Some(self.forward(&x, layer_inputs, &mut run)?),
         };
@@ -205,10 +202,10 @@ impl Shard {
         Ok(())
     }
 
-    fn empty_activations(&self) -> Result<Activations, LmError> {
-        let zeros =
-            |(tensor, width): (CutTensor, u32)| Ok::<_, LmError>((tensor, ops::zeros_dtype(&[0, width as i32], mlx_rs::Dtype::Float32)?));
-        Ok(Activations { tensors: self.spec.cut_tensors(self.range.end).into_iter().map(zeros).collect::<Result<_, _>>()? })
+    /// What crosses the cut before layer `cut`, as zeros.
+    fn zeros(&self, cut: u32, tokens: i32, dtype: Dtype) -> Result<Activations, LmError> {
+        let zeros = |(tensor, width): (CutTensor, u32)| Ok::<_, LmError>((tensor, ops::zeros_dtype(&[tokens, width as i32], dtype)?));
+        Ok(Activations { tensors: self.spec.cut_tensors(cut).into_iter().map(zeros).collect::<Result<_, _>>()? })
     }
 
     fn nothing(&self, step: &Step) -> PendingResult {
@@ -307,7 +304,7 @@ impl Shard {
         }
         let mut caches = run.caches.of_layer(&self.slots, layer);
         match compiled {
-            Some(mix) => over_spans(&flow.mixed, run.packing, &mut caches, |rows, cache, _| mix.run(rows, cache)),
+            Some(mix) => over_spans(&flow.mixed, run.packing, &mut caches, |rows, cache| mix.run(rows, cache)),
             None => self.layers[layer].mix(flow, run.packing, &mut caches),
         }
     }

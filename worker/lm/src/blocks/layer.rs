@@ -15,8 +15,7 @@ use crate::{
     parameters::{Parameters, parameters},
     weights::Weights,
 };
-use mlx_cluster_common::cache::CacheOptions;
-use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Mixer, ModelSpec, Quantization};
+use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Quantization};
 use mlx_rs::{Array, ops};
 use std::fmt::Write;
 
@@ -65,8 +64,8 @@ pub struct Flow {
 }
 
 impl Layer {
-    pub fn load(weights: &mut Weights, model: &ModelSpec, number: u32, spec: &LayerSpec) -> Result<Self, LmError> {
-        let quantization = &model.quantization;
+    /// `number` is the layer's in the model, `index` that among the layers of the stage.
+    pub fn load(weights: &mut Weights, quantization: &Quantization, spec: &LayerSpec, number: u32, index: u32) -> Result<Self, LmError> {
         let (project, mix, merge) = match mixer::load(weights, &spec.mixer, quantization)? {
             Some((project, mix, merge)) => (Some(project), Some(mix), Some(merge)),
             None => (None, None, None),
@@ -86,16 +85,11 @@ impl Layer {
             feed_forward: FeedForwardBlock::load(weights, &spec.feed_forward, quantization)?,
             output_norm: Norm::load_optional(weights, &spec.after_feed_forward)?,
             join,
-            layer_input: spec.layer_input.as_ref().map(|input| LayerInput::load(weights, input, number, quantization)).transpose()?,
+            layer_input: spec.layer_input.as_ref().map(|input| LayerInput::load(weights, input, index, quantization)).transpose()?,
             output_scale: spec.output_scale.as_ref().map(|scale| weights.take(&scale.name)).transpose()?,
             signature: signature(number, spec),
         };
         Ok(Self { before, mix, after })
-    }
-
-    /// Tells the layers that it stands among: per-layer inputs are counted from the first layer of the stage.
-    pub fn set_first_layer(&mut self, first: u32) -> Result<(), LmError> {
-        self.after.layer_input.as_mut().map_or(Ok(()), |input| input.set_first_layer(first))
     }
 
     /// Mixes every segment of a step over its own cache. `caches` are those of the packing's spans.
@@ -105,7 +99,7 @@ impl Layer {
             // The matrices of its heads are read once for all sequences.
             Some(Mix::Latent(attend)) if packing.is_decode() => {
                 let rows = attend.embed_queries(&flow.mixed)?;
-                let attended = over_spans(&rows, packing, caches, |rows, cache, _| match cache {
+                let attended = over_spans(&rows, packing, caches, |rows, cache| match cache {
                     Cache::Attention(cache) => {
                         attend.fill(rows, cache)?;
                         Ok(vec![attend.over_latents(rows, cache)?])
@@ -114,25 +108,25 @@ impl Layer {
                 })?;
                 attended.iter().map(|attended| attend.unembed_outputs(attended)).collect()
             }
-            Some(mix) => over_spans(&flow.mixed, packing, caches, |rows, cache, _| mix.forward(rows, cache)),
+            Some(mix) => over_spans(&flow.mixed, packing, caches, |rows, cache| mix.forward(rows, cache)),
         }
     }
 }
 
-/// Runs `mix(rows, cache, number)` for every span of a step on its rows of `mixed`, and puts the outcomes side by side again.
+/// Runs `mix(rows, cache)` for every span of a step on its rows of `mixed`, and puts the outcomes side by side again.
 pub fn over_spans(
     mixed: &[Array],
     packing: &Packing,
     caches: &mut [&mut Cache],
-    mut mix: impl FnMut(&[Array], &mut Cache, usize) -> Result<Vec<Array>, LmError>,
+    mut mix: impl FnMut(&[Array], &mut Cache) -> Result<Vec<Array>, LmError>,
 ) -> Result<Vec<Array>, LmError> {
     if let [cache] = caches {
-        return mix(mixed, cache, 0);
+        return mix(mixed, cache);
     }
     let mut columns: Vec<Vec<Array>> = Vec::new();
-    for (number, (span, cache)) in packing.spans.iter().zip(caches).enumerate() {
+    for (span, cache) in packing.spans.iter().zip(caches) {
         let rows = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
-        for (column, y) in mix(&rows, cache, number)?.into_iter().enumerate() {
+        for (column, y) in mix(&rows, cache)?.into_iter().enumerate() {
             if columns.len() <= column {
                 columns.push(Vec::new());
             }
@@ -171,10 +165,6 @@ impl Before {
     pub fn arity(&self) -> (usize, usize) {
         let (mixed, beside) = self.project.as_ref().map_or((0, 0), Project::arity);
         (mixed, beside + self.split.arity())
-    }
-
-    pub fn has_mixer(&self) -> bool {
-        self.project.is_some()
     }
 
     /// `x` `[B, L, D]`, whose row `b` starts at position `offsets[b]`.
@@ -229,27 +219,19 @@ struct LayerInput {
     gate: Linear,
     projection: Linear,
     norm: Norm,
-    number: u32,
     /// Which of the stage's per-layer inputs: an array, so that layers share a compiled function.
     index: Array,
 }
 parameters!(LayerInput: gate, projection, norm, index);
 
 impl LayerInput {
-    fn load(weights: &mut Weights, spec: &LayerInputSpec, number: u32, quantization: &Quantization) -> Result<Self, LmError> {
+    fn load(weights: &mut Weights, spec: &LayerInputSpec, index: u32, quantization: &Quantization) -> Result<Self, LmError> {
         Ok(Self {
             gate: Linear::load(weights, &spec.gate, quantization)?,
             projection: Linear::load(weights, &spec.projection, quantization)?,
             norm: Norm::load(weights, &spec.norm)?,
-            number,
-            index: Array::from_slice(&[number as i32], &[1]),
+            index: Array::from_slice(&[index as i32], &[1]),
         })
-    }
-
-    fn set_first_layer(&mut self, first: u32) -> Result<(), LmError> {
-        let index = self.number.checked_sub(first).ok_or_else(|| LmError::Mlx("a layer stands before its stage".into()))?;
-        self.index = Array::from_slice(&[index as i32], &[1]);
-        Ok(())
     }
 
     fn forward(&self, h: &Array, layer_inputs: &Array) -> Result<Array, LmError> {
@@ -272,9 +254,4 @@ pub fn with_arrays(signature: &str, piece: &impl Parameters) -> String {
         write!(text, " {:?}{:?}", array.dtype(), array.shape()).expect("a String takes all");
     });
     text
-}
-
-/// What a layer with this mixer begins every sequence with; None where it has no cache of its own.
-pub fn empty_cache(mixer: &Mixer, options: &CacheOptions) -> Option<Cache> {
-    mixer::empty_cache(mixer, options)
 }

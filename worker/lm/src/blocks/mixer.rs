@@ -120,8 +120,8 @@ pub(super) fn load(weights: &mut Weights, spec: &Mixer, quantization: &Quantizat
     }))
 }
 
-/// An empty cache for a mixer; attention that reads another layer's has none of its own.
-pub(super) fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
+/// What a layer with this mixer begins every sequence with; attention that reads another layer's cache has none of its own.
+pub fn empty_cache(spec: &Mixer, options: &CacheOptions) -> Option<Cache> {
     match spec {
         Mixer::None => None,
         Mixer::Attention(spec) if spec.source_layer().is_some() => None,

@@ -15,6 +15,6 @@ mod recurrence;
 mod residual;
 
 pub use ends::{Entry, Exit};
-pub use layer::{After, Before, Flow, Layer, empty_cache, over_spans, own_rows, with_arrays};
-pub use mixer::Mix;
+pub use layer::{After, Before, Flow, Layer, over_spans, own_rows, with_arrays};
+pub use mixer::{Mix, empty_cache};
 pub use recurrence::Recurrence;

@@ -15,7 +15,7 @@ use mlx_rs::Array;
 pub enum Cache {
     Attention(KvCache),
     Recurrent(RecurrentState),
-    /// Of mixers side by side, and of attention that keeps more than one kind of key.
+    /// Of mixers side by side.
     Several(Vec<Cache>),
 }
 
