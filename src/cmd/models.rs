@@ -5,6 +5,9 @@ use std::fmt::Write;
 
 /// What is known about models.
 #[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  mlx-cluster models supported")]
 pub(crate) struct ModelsArgs {
     #[command(subcommand)]
     verb: ModelsVerb,
