@@ -3,6 +3,8 @@
 use crate::{
     cache::{CacheOptions, CacheReservation},
     ids::{EngineId, Epoch, NodeId},
+    plan::Collective,
+    tensor::TensorPlace,
     units::Bytes,
 };
 use serde::{Deserialize, Serialize};
@@ -37,6 +39,9 @@ pub struct EngineSpec {
     pub stage: u32,
     pub n_stages: u32,
     pub layers: Range<u32>,
+    /// Which of the stage's ranks this is, and how they share.
+    pub place: TensorPlace,
+    pub collective: Collective,
     /// Longest sequence, prompt and answer together.
     pub context_tokens: u32,
     /// Tokens that the KV caches of all sequences together may hold.
@@ -56,14 +61,37 @@ impl EngineSpec {
     pub fn is_last(&self) -> bool {
         self.stage + 1 == self.n_stages
     }
+
+    /// Rank 0 of stage 0: makes the steps and speaks with the coordinator.
+    pub fn is_lead(&self) -> bool {
+        self.is_first() && self.place.rank == 0
+    }
 }
 
 /// Connects an engine to its neighbours for one epoch; all sequences of earlier epochs are dropped.
+///
+/// Rank 0 of a stage takes the steps from rank 0 of the stage before, hands each to the other ranks of its own stage as it came, and what
+/// its stage makes of it on to the next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     pub epoch: Epoch,
-    /// The engine of the next stage, or of the lead when this is the last stage. None when there is one stage.
+    /// For rank 0: the engine of rank 0 of the next stage, or the lead when this is the last stage. None when there is one stage.
     pub next: Option<Peer>,
+    /// For rank 0: the engines of the stage's other ranks, by rank.
+    pub ranks: Vec<Peer>,
+    /// None when the stage has one rank.
+    pub group: Option<GroupLink>,
+}
+
+/// How the ranks of a stage find each other for collectives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupLink {
+    /// By rank: where it listens for the group, `ip:port`, as the rank before it reaches it.
+    pub addresses: Vec<String>,
+    /// By rank: the worker's name, for messages.
+    pub names: Vec<String>,
+    /// By rank: the process; a group that was formed by others cannot be used again.
+    pub incarnations: Vec<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +141,8 @@ pub enum EngineState {
     /// Serves on this port; `incarnation` tells one process from the next.
     Ready {
         port: u32,
+        /// Kept free for the collectives of its group; 0 when it is alone.
+        group_port: u32,
         incarnation: u64,
         resident: Bytes,
     },

@@ -6,17 +6,19 @@ pub mod config;
 pub mod dtype;
 pub mod engine;
 pub mod ids;
+pub mod links;
 pub mod plan;
 pub mod published;
 pub mod request;
 pub mod sampling;
 pub mod spec;
 pub mod step;
+pub mod tensor;
 pub mod units;
 pub mod weights;
 
 /// Nodes work together only when they speak the same version of the wire protocol; raised with every incompatible change.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The version of this build, as `--version` prints it.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

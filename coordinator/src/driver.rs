@@ -265,9 +265,9 @@ impl Driver {
     fn carry_out(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::SetDesired { node, version, engines } => self.links.set_desired(&node, Desired { version, engines }),
-            Effect::Link { epoch, stage, name, addresses, link } => {
-                tracing::debug!(%epoch, stage, name, ?addresses, "link");
-                self.links.link(LinkCall { epoch, stage, name, addresses, link });
+            Effect::Link { epoch, engine, name, addresses, link } => {
+                tracing::debug!(%epoch, engine, name, ?addresses, "link");
+                self.links.link(LinkCall { epoch, engine, name, addresses, link });
             }
             Effect::OpenSession { epoch, name, addresses } => {
                 self.session = Some(self.links.open_session(SessionCall { epoch, name, addresses }));

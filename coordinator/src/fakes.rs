@@ -209,7 +209,7 @@ impl FakeWorker {
 }
 
 fn ready(process: &Process) -> State {
-    State::Ready(wire::Ready { port: process.port, incarnation: process.incarnation, resident_bytes: 1 })
+    State::Ready(wire::Ready { port: process.port, group_port: 0, incarnation: process.incarnation, resident_bytes: 1 })
 }
 
 #[tonic::async_trait]

@@ -4,11 +4,13 @@ use crate::wire;
 use mlx_cluster_common::{
     PROTOCOL_VERSION, VERSION,
     cache::{CacheError, CacheOptions, CacheReservation, KvQuantization},
-    engine::{EngineSpec, EngineState, EngineStatus, Link, ModelSource, NodeFacts, Peer},
+    engine::{EngineSpec, EngineState, EngineStatus, GroupLink, Link, ModelSource, NodeFacts, Peer},
     ids::{EngineId, Epoch, NodeId, SequenceId},
+    plan::Collective,
     request::{Delivery, EngineLoad, FinishReason, SessionCommand, Submission, TokenOut},
     sampling::SamplingParams,
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
+    tensor::TensorPlace,
     units::Bytes,
 };
 
@@ -72,6 +74,9 @@ impl From<EngineSpec> for wire::EngineSpec {
             memory_bytes: spec.memory.0,
             caches: Some(spec.caches.into()),
             reservation: Some(spec.reservation.into()),
+            rank: spec.place.rank,
+            shares: spec.place.shares,
+            collective: wire::Collective::from(spec.collective).into(),
         }
     }
 }
@@ -84,6 +89,10 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
         if spec.layers_start >= spec.layers_end || spec.stage >= spec.n_stages {
             return Err(WireError::Invalid { field: "layers", value: format!("{}..{}", spec.layers_start, spec.layers_end) });
         }
+        if spec.rank as usize >= spec.shares.len() || spec.shares.contains(&0) {
+            return Err(WireError::Invalid { field: "rank", value: format!("{} of shares {:?}", spec.rank, spec.shares) });
+        }
+        let collective = spec.collective();
         Ok(Self {
             id: EngineId(spec.id),
             model: match spec.model.ok_or(WireError::Missing("model"))? {
@@ -94,12 +103,34 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
             stage: spec.stage,
             n_stages: spec.n_stages,
             layers: spec.layers_start..spec.layers_end,
+            place: TensorPlace { rank: spec.rank, shares: spec.shares },
+            collective: collective.into(),
             context_tokens: spec.context_tokens,
             cache_tokens: spec.cache_tokens,
             memory: Bytes(spec.memory_bytes),
             caches: spec.caches.ok_or(WireError::Missing("caches"))?.try_into()?,
             reservation: spec.reservation.ok_or(WireError::Missing("reservation"))?.into(),
         })
+    }
+}
+
+impl From<Collective> for wire::Collective {
+    fn from(collective: Collective) -> Self {
+        match collective {
+            Collective::Auto => wire::Collective::Auto,
+            Collective::Ring => wire::Collective::Ring,
+            Collective::Jaccl => wire::Collective::Jaccl,
+        }
+    }
+}
+
+impl From<wire::Collective> for Collective {
+    fn from(collective: wire::Collective) -> Self {
+        match collective {
+            wire::Collective::Auto => Collective::Auto,
+            wire::Collective::Ring => Collective::Ring,
+            wire::Collective::Jaccl => Collective::Jaccl,
+        }
     }
 }
 
@@ -146,8 +177,8 @@ impl From<EngineStatus> for wire::EngineStatus {
                 State::Fetching(wire::Fetching { file, done_bytes: done.0, total_bytes: total.0 })
             }
             EngineState::Loading { done, total } => State::Loading(wire::Loading { done_bytes: done.0, total_bytes: total.0 }),
-            EngineState::Ready { port, incarnation, resident } => {
-                State::Ready(wire::Ready { port, incarnation, resident_bytes: resident.0 })
+            EngineState::Ready { port, group_port, incarnation, resident } => {
+                State::Ready(wire::Ready { port, group_port, incarnation, resident_bytes: resident.0 })
             }
             EngineState::Failed { cause, output, retry_in_ms } => State::Failed(wire::Failed { cause, output, retry_in_ms }),
         };
@@ -165,8 +196,8 @@ impl TryFrom<wire::EngineStatus> for EngineStatus {
                 EngineState::Fetching { file: fetching.file, done: Bytes(fetching.done_bytes), total: Bytes(fetching.total_bytes) }
             }
             State::Loading(loading) => EngineState::Loading { done: Bytes(loading.done_bytes), total: Bytes(loading.total_bytes) },
-            State::Ready(ready) => {
-                EngineState::Ready { port: ready.port, incarnation: ready.incarnation, resident: Bytes(ready.resident_bytes) }
+            State::Ready(wire::Ready { port, group_port, incarnation, resident_bytes }) => {
+                EngineState::Ready { port, group_port, incarnation, resident: Bytes(resident_bytes) }
             }
             State::Failed(failed) => EngineState::Failed { cause: failed.cause, output: failed.output, retry_in_ms: failed.retry_in_ms },
         };
@@ -208,10 +239,29 @@ impl From<&NodeFacts> for wire::NodeFacts {
 
 // --- linking ---
 
+impl From<Peer> for wire::Peer {
+    fn from(peer: Peer) -> Self {
+        Self { node: peer.node.0, name: peer.name, addresses: peer.addresses }
+    }
+}
+
+impl From<wire::Peer> for Peer {
+    fn from(peer: wire::Peer) -> Self {
+        Self { node: NodeId(peer.node), name: peer.name, addresses: peer.addresses }
+    }
+}
+
 impl From<Link> for wire::LinkRequest {
     fn from(link: Link) -> Self {
-        let next = link.next.map(|peer| wire::Peer { node: peer.node.0, name: peer.name, addresses: peer.addresses });
-        Self { epoch: link.epoch.0, next, protocol: PROTOCOL_VERSION, version: VERSION.into() }
+        let group = |GroupLink { addresses, names, incarnations }| wire::GroupLink { addresses, names, incarnations };
+        Self {
+            epoch: link.epoch.0,
+            next: link.next.map(wire::Peer::from),
+            protocol: PROTOCOL_VERSION,
+            version: VERSION.into(),
+            ranks: link.ranks.into_iter().map(wire::Peer::from).collect(),
+            group: link.group.map(group),
+        }
     }
 }
 
@@ -222,8 +272,24 @@ impl TryFrom<wire::LinkRequest> for Link {
         if request.protocol != PROTOCOL_VERSION {
             return Err(WireError::Version { name: "the coordinator".into(), version: request.version, protocol: request.protocol });
         }
-        let next = request.next.map(|peer| Peer { node: NodeId(peer.node), name: peer.name, addresses: peer.addresses });
-        Ok(Self { epoch: Epoch(request.epoch), next })
+        Ok(Self {
+            epoch: Epoch(request.epoch),
+            next: request.next.map(Peer::from),
+            ranks: request.ranks.into_iter().map(Peer::from).collect(),
+            group: request.group.map(GroupLink::try_from).transpose()?,
+        })
+    }
+}
+
+impl TryFrom<wire::GroupLink> for GroupLink {
+    type Error = WireError;
+
+    fn try_from(group: wire::GroupLink) -> Result<Self, WireError> {
+        let wire::GroupLink { addresses, names, incarnations } = group;
+        if addresses.len() < 2 || names.len() != addresses.len() || incarnations.len() != addresses.len() {
+            return Err(WireError::Invalid { field: "group", value: format!("{} addresses, {} names", addresses.len(), names.len()) });
+        }
+        Ok(Self { addresses, names, incarnations })
     }
 }
 

@@ -71,7 +71,7 @@ def memory(rounds: int) -> None:
     values = []
     with cluster("kernel-bound", 2) as coordinator:
         load.together(coordinator.url, [load.prompt(64, i) for i in range(4)], 8)
-        shards = {stage["worker"]: stage["weights_bytes"] for stage in requests.get(f"{coordinator.url}/v1/cluster", timeout=5).json()["plan"]["stages"]}
+        shards = {rank["worker"]: rank["weights_bytes"] for stage in requests.get(f"{coordinator.url}/v1/cluster", timeout=5).json()["plan"]["stages"] for rank in stage["ranks"]}
         for name, process in coordinator.workers.running.items():
             if name in shards:
                 resident = sum(resident_bytes(pid) for pid in family(process.pid))

@@ -3,7 +3,11 @@
 use super::{Api, health::cause};
 use crate::serving::{ClusterStatus, InstanceState, WorkerStatus};
 use axum::{Json, extract::State};
-use mlx_cluster_common::{VERSION, engine::EngineState, plan::Stage};
+use mlx_cluster_common::{
+    VERSION,
+    engine::EngineState,
+    plan::{Rank, Stage},
+};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -54,21 +58,28 @@ fn instance_json(instance: &InstanceState, status: &ClusterStatus) -> Value {
 /// Layers from `first_layer` to `last_layer`, both included.
 fn stage_json(stage: &Stage) -> Value {
     json!({
-        "worker": stage.node_name,
-        "worker_id": stage.node,
         "first_layer": stage.layers.start,
         "last_layer": stage.layers.end.saturating_sub(1),
-        "weights_bytes": stage.weights,
-        "cache_bytes": stage.cache,
-        "working_bytes": stage.working,
-        "needed_bytes": stage.needed(),
-        "usable_bytes": stage.usable,
+        "ranks": stage.ranks.iter().map(rank_json).collect::<Vec<_>>(),
+    })
+}
+
+fn rank_json(rank: &Rank) -> Value {
+    json!({
+        "worker": rank.node_name,
+        "worker_id": rank.node,
+        "share": rank.share,
+        "weights_bytes": rank.weights,
+        "cache_bytes": rank.cache,
+        "working_bytes": rank.working,
+        "needed_bytes": rank.needed(),
+        "usable_bytes": rank.usable,
     })
 }
 
 fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
     let facts = &worker.facts;
-    let stage = stages.iter().find(|stage| stage.node == facts.id);
+    let stage = stages.iter().find(|stage| stage.ranks.iter().any(|rank| rank.node == facts.id));
     json!({
         "id": facts.id,
         "name": facts.name,
@@ -93,7 +104,7 @@ fn engine_json(engine: &EngineState) -> Value {
             json!({"state": "fetching", "file": file, "done_bytes": done, "total_bytes": total})
         }
         EngineState::Loading { done, total } => json!({"state": "loading", "done_bytes": done, "total_bytes": total}),
-        EngineState::Ready { port, incarnation, resident } => {
+        EngineState::Ready { port, incarnation, resident, .. } => {
             json!({"state": "ready", "port": port, "incarnation": incarnation, "resident_bytes": resident})
         }
         EngineState::Failed { cause, output, retry_in_ms } => {

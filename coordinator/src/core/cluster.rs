@@ -146,7 +146,7 @@ impl Cluster {
                 self.observed(&node, old, version, engines, now);
             }
             Event::WorkerDown { node, cause } => self.members.down(&node, cause, now),
-            Event::Linked { epoch, stage, result } => self.linked(epoch, stage, result, now, effects),
+            Event::Linked { epoch, engine, result } => self.linked(epoch, engine, result, now, effects),
             Event::SessionOpened { epoch } => self.session_opened(epoch),
             Event::SessionBroken { epoch, node, message } => self.session_broken(epoch, node, message, now, effects),
             Event::Drain { limit } => self.drain(limit, now, effects),
@@ -166,15 +166,15 @@ impl Cluster {
         }
     }
 
-    fn linked(&mut self, epoch: Epoch, stage: u32, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {
+    fn linked(&mut self, epoch: Epoch, engine: u32, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {
         let Phase::Linking { epoch: current, pending, .. } = &mut self.phase else { return };
         if *current != epoch {
             return;
         }
         match result {
-            Ok(()) => drop(pending.remove(&stage)),
+            Ok(()) => drop(pending.remove(&engine)),
             Err(message) => {
-                let worker = self.deployment.as_ref().map(|deployment| deployment.stage_name(stage)).unwrap_or_default();
+                let worker = self.deployment.as_ref().map(|deployment| deployment.name(engine)).unwrap_or_default();
                 self.link_failed(Blame { worker, message }, now, effects);
             }
         }

@@ -73,7 +73,7 @@ fn another_worker_takes_the_place_of_a_lost_one() {
     world.worker_down("w0", true);
     world.run(ms(8000));
     assert_eq!((world.state(), world.plans.len()), (InstanceState::Ready, 2));
-    let names: Vec<_> = world.plans[1].stages.iter().map(|stage| stage.node_name.as_str()).collect();
+    let names: Vec<_> = world.plans[1].stages.iter().map(|stage| stage.ranks[0].node_name.as_str()).collect();
     assert_eq!(names, ["w1", "w2"]);
 }
 

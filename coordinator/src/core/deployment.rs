@@ -2,9 +2,10 @@
 
 use super::{Now, addresses, event::ServedFacts, members::Members};
 use mlx_cluster_common::{
-    engine::{EngineSpec, EngineState, Link, Peer},
+    engine::{EngineSpec, EngineState, GroupLink, Link, Peer},
     ids::{EngineId, Epoch, NodeId},
-    plan::{Plan, Stage},
+    plan::{Collective, Plan, Rank},
+    tensor::TensorPlace,
 };
 use std::collections::BTreeMap;
 
@@ -24,10 +25,11 @@ impl std::fmt::Display for Blame {
 #[derive(Debug)]
 pub(super) struct Deployment {
     pub(super) plan: Plan,
+    /// One for each of [`Plan::ranks`], in that order: an engine's number is its place here.
     engines: Vec<EngineSpec>,
-    /// The process of each stage that is linked in the current epoch.
+    /// The process of each engine that is linked in the current epoch.
     linked: Vec<u64>,
-    /// Failures of each stage's engine since all worked together.
+    /// Failures of each engine since all worked together.
     failures: BTreeMap<u32, u32>,
     /// Attempts to link since all worked together.
     pub(super) link_failures: u32,
@@ -46,26 +48,39 @@ impl Deployment {
     /// `generation` makes the engines' ids new, so that workers replace what they run.
     pub(super) fn new(plan: Plan, model: &ServedFacts, run: &str, generation: u64) -> Self {
         let n_stages = plan.stages.len() as u32;
-        let engine = |(stage, of): (u32, &Stage)| EngineSpec {
-            id: EngineId(format!("{run}-{generation}-{stage}")),
-            model: model.source.clone(),
-            fingerprint: model.fingerprint,
-            stage,
-            n_stages,
-            layers: of.layers.clone(),
-            context_tokens: plan.context_tokens,
-            cache_tokens: plan.cache_tokens,
-            memory: of.needed(),
-            caches: plan.caches,
-            reservation: plan.reservation,
-        };
-        let engines = (0..n_stages).zip(&plan.stages).map(engine).collect();
+        let mut engines = Vec::new();
+        for (number, stage) in (0..).zip(&plan.stages) {
+            for (rank, of) in (0..).zip(&stage.ranks) {
+                engines.push(EngineSpec {
+                    id: EngineId(format!("{run}-{generation}-{number}-{rank}")),
+                    model: model.source.clone(),
+                    fingerprint: model.fingerprint,
+                    stage: number,
+                    n_stages,
+                    layers: stage.layers.clone(),
+                    place: TensorPlace { rank, shares: stage.shares() },
+                    collective: Collective::Auto,
+                    context_tokens: plan.context_tokens,
+                    cache_tokens: plan.cache_tokens,
+                    memory: of.needed(),
+                    caches: plan.caches,
+                    reservation: plan.reservation,
+                });
+            }
+        }
         Self { plan, engines, linked: Vec::new(), failures: BTreeMap::new(), link_failures: 0 }
     }
 
+    fn rank(&self, engine: u32) -> Option<&Rank> {
+        self.plan.ranks().nth(engine as usize)
+    }
+
     pub(super) fn engine_on(&self, node: &NodeId) -> Option<&EngineSpec> {
-        let stage = self.plan.stages.iter().position(|stage| stage.node == *node)?;
-        self.engines.get(stage)
+        self.engines.get(self.number_on(node)?)
+    }
+
+    fn number_on(&self, node: &NodeId) -> Option<usize> {
+        self.plan.ranks().position(|rank| rank.node == *node)
     }
 
     pub(super) fn is_on(&self, node: &NodeId) -> bool {
@@ -73,54 +88,58 @@ impl Deployment {
     }
 
     pub(super) fn lead_name(&self) -> String {
-        self.stage_name(0)
+        self.name(0)
     }
 
     /// Whom an engine means, that knows its neighbours by id, by name or by their place in the chain.
     pub(super) fn named(&self, node: &str) -> Option<String> {
-        let place = if node == "the last stage" { self.plan.stages.last() } else { None };
-        let known = self.plan.stages.iter().find(|stage| stage.node.0 == node || stage.node_name == node);
-        place.or(known).map(|stage| stage.node_name.clone())
+        let last = self.plan.stages.last().and_then(|stage| stage.ranks.first());
+        let place = last.filter(|_| node == "the last stage");
+        let known = self.plan.ranks().find(|rank| rank.node.0 == node || rank.node_name == node);
+        place.or(known).map(|rank| rank.node_name.clone())
     }
 
-    pub(super) fn stage_name(&self, stage: u32) -> String {
-        self.plan.stages.get(stage as usize).map(|stage| stage.node_name.clone()).unwrap_or_default()
+    /// Of the worker that an engine runs on.
+    pub(super) fn name(&self, engine: u32) -> String {
+        self.rank(engine).map(|rank| rank.node_name.clone()).unwrap_or_default()
     }
 
-    fn state<'a>(&self, members: &'a Members, stage: u32) -> Option<&'a EngineState> {
-        let node = &self.plan.stages.get(stage as usize)?.node;
-        members.get(node)?.engines.get(&self.engines.get(stage as usize)?.id)
+    fn state<'a>(&self, members: &'a Members, engine: u32) -> Option<&'a EngineState> {
+        let node = &self.rank(engine)?.node;
+        members.get(node)?.engines.get(&self.engines.get(engine as usize)?.id)
     }
 
-    /// Port and process of a stage's engine, when it serves and its worker is there to say so.
-    fn serving(&self, members: &Members, stage: u32) -> Option<(u32, u64)> {
-        match self.state(members, stage)? {
-            EngineState::Ready { port, incarnation, .. } if self.node_connected(members, stage) => Some((*port, *incarnation)),
+    /// An engine that serves, when its worker is there to say so.
+    fn serving(&self, members: &Members, engine: u32) -> Option<Serving> {
+        match self.state(members, engine)? {
+            EngineState::Ready { port, group_port, incarnation, .. } if self.node_connected(members, engine) => {
+                Some(Serving { port: *port, group_port: *group_port, incarnation: *incarnation })
+            }
             _ => None,
         }
     }
 
-    fn stages(&self) -> std::ops::Range<u32> {
+    fn numbers(&self) -> std::ops::Range<u32> {
         0..self.engines.len() as u32
     }
 
-    /// The first stage whose engine does not serve yet.
+    /// The first engine that does not serve yet.
     pub(super) fn first_not_ready(&self, members: &Members) -> Option<u32> {
-        self.stages().find(|stage| self.serving(members, *stage).is_none())
+        self.numbers().find(|engine| self.serving(members, *engine).is_none())
     }
 
     pub(super) fn all_connected(&self, members: &Members) -> bool {
-        self.plan.stages.iter().all(|stage| members.get(&stage.node).is_some_and(|member| member.is_connected()))
+        self.plan.ranks().all(|rank| members.get(&rank.node).is_some_and(|member| member.is_connected()))
     }
 
     /// A worker of the plan that is lost.
     pub(super) fn lost(&self, members: &Members, now: Now) -> Option<Blame> {
-        self.plan.stages.iter().find_map(|stage| {
-            let cause = match members.get(&stage.node) {
+        self.plan.ranks().find_map(|rank| {
+            let cause = match members.get(&rank.node) {
                 Some(member) => member.lost(now)?.to_owned(),
                 None => "it is gone".to_owned(),
             };
-            Some(Blame { worker: stage.node_name.clone(), message: format!("connection lost: {cause}") })
+            Some(Blame { worker: rank.node_name.clone(), message: format!("connection lost: {cause}") })
         })
     }
 
@@ -131,42 +150,42 @@ impl Deployment {
 
     /// The engine that is not the one that was linked any more.
     pub(super) fn replaced(&self, members: &Members) -> Option<Blame> {
-        self.stages().zip(&self.linked).find_map(|(stage, linked)| {
-            let message = match self.state(members, stage) {
+        self.numbers().zip(&self.linked).find_map(|(engine, linked)| {
+            let message = match self.state(members, engine) {
                 Some(EngineState::Ready { incarnation, .. }) if incarnation == linked => return None,
                 Some(EngineState::Failed { cause, .. }) => cause.clone(),
                 // The worker is gone: it tells about its engines when it is back.
-                None if !self.node_connected(members, stage) => return None,
+                None if !self.node_connected(members, engine) => return None,
                 _ => "its engine was started again".to_owned(),
             };
-            Some(Blame { worker: self.stage_name(stage), message })
+            Some(Blame { worker: self.name(engine), message })
         })
     }
 
-    fn node_connected(&self, members: &Members, stage: u32) -> bool {
-        let node = self.plan.stages.get(stage as usize).map(|stage| &stage.node);
-        node.and_then(|node| members.get(node)).is_some_and(|member| member.is_connected())
+    fn node_connected(&self, members: &Members, engine: u32) -> bool {
+        let member = self.rank(engine).and_then(|rank| members.get(&rank.node));
+        member.is_some_and(|member| member.is_connected())
     }
 
     /// Notes the state of an engine before it is replaced by a newer one; true when something moved.
     pub(super) fn note(&mut self, node: &NodeId, old: Option<&EngineState>, new: Option<&EngineState>) -> bool {
-        let Some(stage) = self.engine_on(node).map(|engine| engine.stage) else { return false };
+        let Some(engine) = self.number_on(node) else { return false };
         let failed = |state: Option<&EngineState>| matches!(state, Some(EngineState::Failed { .. }));
         if failed(new) && !failed(old) {
-            *self.failures.entry(stage).or_default() += 1;
+            *self.failures.entry(engine as u32).or_default() += 1;
         }
         old != new
     }
 
     /// The first engine that failed.
     pub(super) fn failure<'a>(&'a self, members: &'a Members) -> Option<Failure<'a>> {
-        self.stages().find_map(|stage| match self.state(members, stage)? {
+        self.numbers().find_map(|engine| match self.state(members, engine)? {
             EngineState::Failed { cause, output, retry_in_ms } => Some(Failure {
-                worker: self.plan.stages.get(stage as usize).map_or("", |stage| &stage.node_name),
+                worker: self.rank(engine).map_or("", |rank| &rank.node_name),
                 cause,
                 output,
                 hopeless: retry_in_ms.is_none(),
-                count: self.failures.get(&stage).copied().unwrap_or(0),
+                count: self.failures.get(&engine).copied().unwrap_or(0),
             }),
             _ => None,
         })
@@ -178,34 +197,83 @@ impl Deployment {
         self.link_failures = 0;
     }
 
-    /// What to tell each engine so that they form a chain in this epoch; None unless all serve.
+    /// What to tell each engine so that they form a chain of groups in this epoch; None unless all serve.
     pub(super) fn link(&mut self, members: &Members, epoch: Epoch) -> Option<Vec<(u32, Vec<String>, Link)>> {
-        let serving = self.stages().map(|stage| self.serving(members, stage)).collect::<Option<Vec<_>>>()?;
-        let of = |stage: usize| {
-            let node = &self.plan.stages.get(stage)?.node;
-            Some((members.get(node)?, serving.get(stage)?.0))
-        };
-        let n = serving.len();
-        let mut links = Vec::with_capacity(n);
-        for stage in 0..n {
-            let (member, port) = of(stage)?;
-            let (next, next_port) = of((stage + 1) % n)?;
-            let next = (n > 1).then(|| Peer {
-                node: next.facts.id.clone(),
-                name: next.facts.name.clone(),
-                addresses: addresses::between(&member.facts, &next.facts, &next.reached, next_port),
-            });
-            let addresses = addresses::from_coordinator(&member.reached, &member.facts, port);
-            links.push((stage as u32, addresses, Link { epoch, next }));
-        }
-        self.linked = serving.into_iter().map(|(_, incarnation)| incarnation).collect();
+        let serving = self.numbers().map(|engine| self.serving(members, engine)).collect::<Option<Vec<_>>>()?;
+        let wiring = Wiring { deployment: self, members, serving: &serving };
+        let links = self.numbers().map(|engine| {
+            let member = members.get(&self.rank(engine)?.node)?;
+            let addresses = addresses::from_coordinator(&member.reached, &member.facts, serving.get(engine as usize)?.port);
+            Some((engine, addresses, wiring.link(engine, epoch)?))
+        });
+        let links = links.collect::<Option<Vec<_>>>()?;
+        self.linked = serving.into_iter().map(|engine| engine.incarnation).collect();
         Some(links)
     }
 
     /// Where the lead is reached.
     pub(super) fn lead_addresses(&self, members: &Members) -> Option<Vec<String>> {
-        let member = members.get(&self.plan.stages.first()?.node)?;
-        let (port, _) = self.serving(members, 0)?;
+        let member = members.get(&self.rank(0)?.node)?;
+        let port = self.serving(members, 0)?.port;
         Some(addresses::from_coordinator(&member.reached, &member.facts, port))
+    }
+}
+
+/// An engine that serves.
+#[derive(Debug, Clone, Copy)]
+struct Serving {
+    port: u32,
+    group_port: u32,
+    incarnation: u64,
+}
+
+/// Who has to reach whom.
+struct Wiring<'a> {
+    deployment: &'a Deployment,
+    members: &'a Members,
+    serving: &'a [Serving],
+}
+
+impl Wiring<'_> {
+    fn link(&self, engine: u32, epoch: Epoch) -> Option<Link> {
+        let spec = self.deployment.engines.get(engine as usize)?;
+        let first = engine - spec.place.rank;
+        let group = first..first + spec.place.ranks() as u32;
+        let is_first_rank = spec.place.rank == 0;
+        let next = match is_first_rank && spec.n_stages > 1 {
+            true => Some(self.peer(engine, if spec.is_last() { 0 } else { group.end })?),
+            false => None,
+        };
+        let ranks = group.clone().skip(1).filter(|_| is_first_rank).map(|rank| self.peer(engine, rank)).collect::<Option<_>>()?;
+        let group = if spec.place.is_alone() { None } else { Some(self.group(group)?) };
+        Some(Link { epoch, next, ranks, group })
+    }
+
+    fn peer(&self, from: u32, to: u32) -> Option<Peer> {
+        let port = self.serving.get(to as usize)?.port;
+        let member = self.members.get(&self.deployment.rank(to)?.node)?;
+        let (node, name) = (member.facts.id.clone(), member.facts.name.clone());
+        Some(Peer { node, name, addresses: self.addresses(from, to, port)? })
+    }
+
+    /// In MLX's ring each rank connects to the one after it.
+    fn group(&self, group: std::ops::Range<u32>) -> Option<GroupLink> {
+        let n = group.end - group.start;
+        let mut link = GroupLink { addresses: Vec::new(), names: Vec::new(), incarnations: Vec::new() };
+        for rank in 0..n {
+            let (before, own) = (group.start + (rank + n - 1) % n, group.start + rank);
+            let serving = self.serving.get(own as usize)?;
+            link.addresses.push(self.addresses(before, own, serving.group_port)?.into_iter().next()?);
+            link.names.push(self.deployment.name(own));
+            link.incarnations.push(serving.incarnation);
+        }
+        Some(link)
+    }
+
+    /// Best first.
+    fn addresses(&self, from: u32, to: u32, port: u32) -> Option<Vec<String>> {
+        let member = |engine: u32| self.members.get(&self.deployment.rank(engine)?.node);
+        let (from, to) = (member(from)?, member(to)?);
+        Some(addresses::between(&from.facts, &to.facts, &to.reached, port))
     }
 }

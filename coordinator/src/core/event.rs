@@ -70,7 +70,7 @@ pub enum Event {
     },
     Linked {
         epoch: Epoch,
-        stage: u32,
+        engine: u32,
         result: Result<(), String>,
     },
     SessionOpened {
@@ -108,10 +108,10 @@ pub enum Effect {
         version: u64,
         engines: Vec<EngineSpec>,
     },
-    /// Tell the engine of a stage its epoch and its next; answered by `Linked`.
+    /// Tell an engine (by its number) its epoch and its neighbours; answered by `Linked`.
     Link {
         epoch: Epoch,
-        stage: u32,
+        engine: u32,
         name: String,
         addresses: Vec<String>,
         link: Link,

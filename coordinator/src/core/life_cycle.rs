@@ -152,7 +152,7 @@ impl Cluster {
 
     fn plan_options(&self, model: &str) -> PlanOptions {
         let min_stages = match self.settings.strategy {
-            Strategy::Pipeline => self.settings.wanted_workers(),
+            Strategy::Pipeline | Strategy::Tensor => self.settings.wanted_workers(),
             Strategy::Auto => 1,
         };
         PlanOptions {
@@ -177,8 +177,8 @@ impl Cluster {
                 return self.fail(ClusterFailure::Engine { worker, cause, output }, now, effects);
             }
         }
-        if let Some(stage) = deployment.first_not_ready(&self.members) {
-            let worker = deployment.stage_name(stage);
+        if let Some(engine) = deployment.first_not_ready(&self.members) {
+            let worker = deployment.name(engine);
             return now >= stalls_at && self.fail(ClusterFailure::Stalled { worker, waited: LOAD_STALL }, now, effects);
         }
         self.link(now, effects)
@@ -189,10 +189,10 @@ impl Cluster {
         let epoch = Epoch(self.epoch.0 + 1);
         let Some(deployment) = &mut self.deployment else { return false };
         let Some(links) = deployment.link(&self.members, epoch) else { return false };
-        let pending = links.iter().map(|(stage, ..)| *stage).collect::<BTreeSet<_>>();
-        for (stage, addresses, link) in links {
-            let name = deployment.stage_name(stage);
-            effects.push(Effect::Link { epoch, stage, name, addresses, link });
+        let pending = links.iter().map(|(engine, ..)| *engine).collect::<BTreeSet<_>>();
+        for (engine, addresses, link) in links {
+            let name = deployment.name(engine);
+            effects.push(Effect::Link { epoch, engine, name, addresses, link });
         }
         self.epoch = epoch;
         self.load = EngineLoad::default();

@@ -74,7 +74,7 @@ enum Later {
     Tell(Event),
     Apply { node: NodeId, version: u64, engines: Vec<EngineSpec> },
     Loaded { node: NodeId, incarnation: u64 },
-    Link { epoch: Epoch, stage: u32, node: NodeId },
+    Link { epoch: Epoch, engine: u32, node: NodeId },
     Open { epoch: Epoch, lead: NodeId },
     Token { epoch: Epoch, sequence: SequenceId, left: u32 },
 }
@@ -245,20 +245,20 @@ impl World {
         let delay = self.soon();
         match effect {
             Effect::SetDesired { node, version, engines } => self.after(delay, Later::Apply { node, version, engines }),
-            Effect::Link { epoch, stage, .. } => {
+            Effect::Link { epoch, engine, .. } => {
                 assert!(self.epochs.last().is_none_or(|last| *last <= epoch), "epochs rise");
                 assert!(self.session.is_none(), "no session while linking");
                 if self.epochs.last() != Some(&epoch) {
                     self.epochs.push(epoch);
                 }
-                let node = self.plans.last().map(|plan| plan.stages[stage as usize].node.clone()).expect("a plan");
-                self.after(delay, Later::Link { epoch, stage, node });
+                let node = self.plans.last().map(|plan| plan.ranks().nth(engine as usize).expect("a rank").node.clone()).expect("a plan");
+                self.after(delay, Later::Link { epoch, engine, node });
             }
             Effect::OpenSession { epoch, .. } => {
                 assert_eq!(self.epochs.last(), Some(&epoch), "only the newest epoch gets a session");
                 assert!(self.session.is_none(), "one session at a time");
                 self.session = Some(epoch);
-                let lead = self.plans.last().map(|plan| plan.stages[0].node.clone()).expect("a plan");
+                let lead = self.plans.last().map(|plan| plan.stages[0].ranks[0].node.clone()).expect("a plan");
                 self.after(delay, Later::Open { epoch, lead });
             }
             Effect::CloseSession => {
@@ -291,11 +291,11 @@ impl World {
             Later::Loaded { node, incarnation } => {
                 let Some(engine) = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut()) else { return };
                 if engine.incarnation == incarnation {
-                    engine.state = EngineState::Ready { port: 9, incarnation, resident: Bytes(1) };
+                    engine.state = EngineState::Ready { port: 9, group_port: 0, incarnation, resident: Bytes(1) };
                     self.observe(&node);
                 }
             }
-            Later::Link { epoch, stage, node } => {
+            Later::Link { epoch, engine: number, node } => {
                 let engine = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut());
                 let result = match engine.filter(|engine| matches!(engine.state, EngineState::Ready { .. })) {
                     Some(engine) if engine.epoch < epoch => {
@@ -304,7 +304,7 @@ impl World {
                     }
                     _ => Err("connection refused".to_owned()),
                 };
-                self.after(delay, Later::Tell(Event::Linked { epoch, stage, result }));
+                self.after(delay, Later::Tell(Event::Linked { epoch, engine: number, result }));
             }
             Later::Open { epoch, lead } => {
                 let engine = self.nodes.get(&lead).and_then(|fake| fake.engine.as_ref());

@@ -7,11 +7,11 @@ use mlx_cluster_proto::{
     wire::{LinkRequest, engine_client::EngineClient},
 };
 
-/// A call to the engine of a stage.
+/// A call to an engine.
 #[derive(Debug)]
 pub(crate) struct LinkCall {
     pub(crate) epoch: Epoch,
-    pub(crate) stage: u32,
+    pub(crate) engine: u32,
     pub(crate) name: String,
     pub(crate) addresses: Vec<String>,
     pub(crate) link: Link,
@@ -19,12 +19,12 @@ pub(crate) struct LinkCall {
 
 impl LinkCall {
     pub(super) async fn run(self) -> Event {
-        let (epoch, stage, name) = (self.epoch, self.stage, self.name.clone());
+        let (epoch, engine, name) = (self.epoch, self.engine, self.name.clone());
         let result = match tokio::time::timeout(LINK_TIMEOUT, self.call()).await {
             Ok(result) => result,
             Err(_) => Err(format!("the engine on {name} did not answer within {} s", LINK_TIMEOUT.as_secs())),
         };
-        Event::Linked { epoch, stage, result }
+        Event::Linked { epoch, engine, result }
     }
 
     async fn call(self) -> Result<(), String> {

@@ -241,6 +241,54 @@ fn call(name: &str, operation: impl FnOnce(*mut mlx_sys::mlx_array, mlx_sys::mlx
     }
 }
 
+/// A group of processes that MLX's collectives run over.
+#[derive(Debug)]
+pub struct DistributedGroup(mlx_sys::mlx_distributed_group);
+
+impl Drop for DistributedGroup {
+    fn drop(&mut self) {
+        // SAFETY: the handle was made by `form_group` and is freed once, here.
+        unsafe { mlx_sys::mlx_distributed_group_free(self.0) };
+    }
+}
+
+/// Whether MLX has these collectives on this machine.
+pub fn has_collective(name: &CStr) -> bool {
+    // SAFETY: a plain query with a NUL-terminated name.
+    unsafe { mlx_sys::mlx_distributed_is_available(name.as_ptr()) }
+}
+
+/// Forms a group of `size` with MLX's collectives of that name, which reads its environment for where the ranks are. Blocks until all are
+/// there.
+pub fn form_group(name: &CStr, size: usize) -> Result<DistributedGroup, LmError> {
+    ensure_errors_return()?;
+    // SAFETY: makes an empty handle, which `DistributedGroup` frees.
+    let mut group = DistributedGroup(unsafe { mlx_sys::mlx_distributed_group_new() });
+    // SAFETY: a valid handle to fill and a NUL-terminated name.
+    let status = unsafe { mlx_sys::mlx_distributed_init(&mut group.0, true, name.as_ptr()) };
+    if status != 0 {
+        return Err(LmError::Group(format!("MLX cannot form it over {}", name.to_string_lossy())));
+    }
+    // SAFETY: `group` was filled by a call that succeeded.
+    let found = unsafe { mlx_sys::mlx_distributed_group_size(group.0) };
+    match usize::try_from(found) == Ok(size) {
+        true => Ok(group),
+        false => Err(LmError::Group(format!("it has {found} ranks instead of {size}"))),
+    }
+}
+
+/// The sum over all ranks of a group.
+pub fn all_sum(array: &Array, group: &DistributedGroup) -> Result<Array, LmError> {
+    // SAFETY: array, group and stream are valid for the call; MLX keeps its own reference to the group.
+    call("all_sum", |result, stream| unsafe { mlx_sys::mlx_distributed_all_sum(result, array.as_ptr(), group.0, stream) })
+}
+
+/// The arrays of all ranks, of one shape, one after the other along the first axis.
+pub fn all_gather(array: &Array, group: &DistributedGroup) -> Result<Array, LmError> {
+    // SAFETY: as above.
+    call("all_gather", |result, stream| unsafe { mlx_sys::mlx_distributed_all_gather(result, array.as_ptr(), group.0, stream) })
+}
+
 /// Bytes that the GPU may use of the unified memory, as Metal recommends; None where there is no such device. Not run on Linux.
 #[cfg(target_os = "macos")]
 pub fn gpu_memory_bytes() -> Option<u64> {

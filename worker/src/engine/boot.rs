@@ -26,6 +26,8 @@ pub enum BootLine {
     },
     Ready {
         port: u16,
+        /// For the collectives of its group; 0 when it is alone.
+        group_port: u16,
     },
     /// It cannot work and says why; the process ends right after. `hopeless`: starting it again would fail the same way.
     Failed {

@@ -99,7 +99,7 @@ fn serve(boot: Boot, shard: Shard, part_multiple: u32) -> Result<(), String> {
         eprintln!("the engine's server ended: {served:?}");
         std::process::exit(4);
     });
-    say(&BootLine::Ready { port });
+    say(&BootLine::Ready { port, group_port: 0 });
     match spec.is_first() {
         true => Lead::new(shard, limits(&boot, part_multiple), receiver, Arc::new(pulse), boot.node_name).run(),
         false => Relay::new(shard, receiver, faults, boot.node_name).run(),

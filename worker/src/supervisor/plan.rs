@@ -128,6 +128,7 @@ enum Phase {
     Ready {
         run: Run,
         port: u16,
+        group_port: u16,
         since: Time,
         resident: Bytes,
     },
@@ -315,8 +316,8 @@ impl Slot {
             (BootLine::Loading { done_bytes, total_bytes }, Phase::Loading { .. }) => {
                 self.phase = Phase::Loading { run, done: Bytes(done_bytes), total: Bytes(total_bytes), heard: now };
             }
-            (BootLine::Ready { port }, Phase::Loading { .. }) => {
-                self.phase = Phase::Ready { run, port, since: now, resident: Bytes(0) };
+            (BootLine::Ready { port, group_port }, Phase::Loading { .. }) => {
+                self.phase = Phase::Ready { run, port, group_port, since: now, resident: Bytes(0) };
             }
             (BootLine::Failed { cause, hopeless }, Phase::Loading { .. } | Phase::Ready { .. }) => {
                 self.settle(now);
@@ -380,8 +381,9 @@ impl Slot {
             Phase::Fetching { file, done, total, .. } => EngineState::Fetching { file: file.clone(), done: *done, total: *total },
             Phase::Fetched { .. } => EngineState::Loading { done: Bytes(0), total: Bytes(0) },
             Phase::Loading { done, total, .. } => EngineState::Loading { done: *done, total: *total },
-            Phase::Ready { run, port, resident, .. } => {
-                EngineState::Ready { port: u32::from(*port), incarnation: run.0, resident: *resident }
+            Phase::Ready { run, port, group_port, resident, .. } => {
+                let (port, group_port) = (u32::from(*port), u32::from(*group_port));
+                EngineState::Ready { port, group_port, incarnation: run.0, resident: *resident }
             }
             Phase::Dying { failure, .. } => {
                 let retry_in = (!failure.hopeless).then(|| backoff(self.failures + 1));

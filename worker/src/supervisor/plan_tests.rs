@@ -35,7 +35,7 @@ fn fetched(core: &mut Supervision, run: u64, now: Time) -> Vec<Effect> {
 }
 
 fn ready(core: &mut Supervision, run: u64, now: Time) {
-    core.handle(Event::Said { run: Run(run), line: BootLine::Ready { port: 4000 } }, now);
+    core.handle(Event::Said { run: Run(run), line: BootLine::Ready { port: 4000, group_port: 0 } }, now);
 }
 
 fn exited(core: &mut Supervision, run: u64, now: Time) -> Vec<Effect> {
@@ -76,7 +76,7 @@ fn an_engine_is_fetched_started_and_reported() {
     assert_eq!(state(&core, now), EngineState::Loading { done: Bytes(2), total: Bytes(3) });
     ready(&mut core, 1, now);
     core.handle(Event::Resident { run, bytes: Bytes(99) }, now);
-    assert_eq!(state(&core, now), EngineState::Ready { port: 4000, incarnation: 1, resident: Bytes(99) });
+    assert_eq!(state(&core, now), EngineState::Ready { port: 4000, group_port: 0, incarnation: 1, resident: Bytes(99) });
     assert_eq!((core.version(), core.next_deadline()), (7, None));
     // The same wish again changes nothing.
     assert_eq!(want(&mut core, 8, vec![spec("a", 4)], now), []);

@@ -151,7 +151,7 @@ async fn an_engine_becomes_ready_and_ends_with_its_worker() {
     assert_eq!((facts.name.as_str(), facts.addresses.as_slice()), ("mini-2", std::slice::from_ref(&worker.address)));
     assert_eq!((facts.usable_memory, facts.matmul_rate, facts.memory_bandwidth), (Bytes(1 << 30), 1e9, 2e9));
     let ready = coordinator.engine(is_ready).await;
-    let EngineState::Ready { port, incarnation, resident } = ready else { panic!("{ready:?}") };
+    let EngineState::Ready { port, incarnation, resident, .. } = ready else { panic!("{ready:?}") };
     assert!(port == 4242 && incarnation > 1_000_000 && resident > Bytes(0), "{ready:?}");
     worker.shutdown.cancel();
     let end = loop {

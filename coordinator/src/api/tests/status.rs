@@ -5,7 +5,7 @@ use crate::serving::{ClusterStatus, InstanceState, RequestFailure, WorkerStatus}
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     engine::{EngineState, NodeFacts},
-    plan::{Plan, Stage, Strategy},
+    plan::{Plan, Rank, Stage, Strategy},
     request::FinishReason,
     units::Bytes,
 };
@@ -33,15 +33,18 @@ fn with_worker() -> ClusterStatus {
         matmul_rate: 1e12,
         addresses: vec!["10.0.0.2:7000".into()],
     };
-    let engine = EngineState::Ready { port: 9, incarnation: 3, resident: Bytes(55) };
+    let engine = EngineState::Ready { port: 9, group_port: 0, incarnation: 3, resident: Bytes(55) };
     let stage = Stage {
-        node: "n1".into(),
-        node_name: "mini".into(),
         layers: 0..6,
-        weights: Bytes(40),
-        cache: Bytes(10),
-        working: Bytes(5),
-        usable: Bytes(100),
+        ranks: vec![Rank {
+            node: "n1".into(),
+            node_name: "mini".into(),
+            share: 1,
+            weights: Bytes(40),
+            cache: Bytes(10),
+            working: Bytes(5),
+            usable: Bytes(100),
+        }],
     };
     let plan = Plan {
         model: "/models/tiny".into(),
@@ -192,7 +195,7 @@ async fn the_cluster_is_shown_whole() {
     let body: Value = serde_json::from_str(&fake.get("/v1/cluster").await.1).expect("JSON");
     assert_eq!(body["instance"], json!({"state": "ready", "cause": null}));
     assert_eq!(body["model"], json!({"id": "org/tiny", "context_tokens": 200, "vocab_size": 300, "created": 7}));
-    assert_eq!(body["plan"]["stages"][0]["needed_bytes"], 55);
+    assert_eq!(body["plan"]["stages"][0]["ranks"][0]["needed_bytes"], 55);
     let worker = &body["workers"][0];
     assert_eq!((&worker["name"], &worker["first_layer"], &worker["last_layer"]), (&json!("mini"), &json!(0), &json!(5)));
     assert_eq!(worker["engine"], json!({"state": "ready", "port": 9, "incarnation": 3, "resident_bytes": 55}));

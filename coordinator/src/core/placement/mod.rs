@@ -13,7 +13,7 @@ use costs::Costs;
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     engine::NodeFacts,
-    plan::{Plan, Stage, Strategy},
+    plan::{Plan, Rank, Stage, Strategy},
     spec::{ModelSpec, Part},
     units::Bytes,
     weights::WeightMap,
@@ -174,7 +174,7 @@ impl Planner<'_> {
         let most = self.nodes.len().min(self.n_layers as usize);
         let wished = self.context.end;
         let counts: Vec<usize> = match self.strategy {
-            Strategy::Pipeline => (self.min_stages..=most).rev().collect(),
+            Strategy::Pipeline | Strategy::Tensor => (self.min_stages..=most).rev().collect(),
             Strategy::Auto => (self.min_stages..=most).collect(),
         };
         let cramped = |n: usize| n == 1 && self.strategy == Strategy::Auto && most > 1;
@@ -270,13 +270,16 @@ impl Planner<'_> {
         let context = self.reservation.of(fit.context_tokens);
         let cache_tokens = self.most_cache_tokens(&fit.layers).min(context * WISHED_CONTEXTS).max(context);
         let stage = |(layers, Candidate { node, .. }): (&Range<u32>, &Candidate<'_>)| Stage {
-            node: node.id.clone(),
-            node_name: node.name.clone(),
             layers: layers.clone(),
-            weights: Bytes(self.costs.weights(layers)),
-            cache: Bytes(self.costs.cache_per_token(layers).saturating_mul(cache_tokens)),
-            working: Bytes(self.costs.working(layers)),
-            usable: node.usable_memory,
+            ranks: vec![Rank {
+                node: node.id.clone(),
+                node_name: node.name.clone(),
+                share: 1,
+                weights: Bytes(self.costs.weights(layers)),
+                cache: Bytes(self.costs.cache_per_token(layers).saturating_mul(cache_tokens)),
+                working: Bytes(self.costs.working(layers)),
+                usable: node.usable_memory,
+            }],
         };
         Plan {
             model: options.model.clone(),
@@ -306,8 +309,8 @@ impl Planner<'_> {
             (None, Strategy::Auto, _) => {
                 format!("{n} stages: the whole model with one full context takes {whole}, {first} has {usable} usable; {balance}")
             }
-            (None, Strategy::Pipeline, 1) => "one worker, so one stage".to_owned(),
-            (None, Strategy::Pipeline, _) => format!("a pipeline over {n} workers as asked; {balance}"),
+            (None, Strategy::Pipeline | Strategy::Tensor, 1) => "one worker, so one stage".to_owned(),
+            (None, Strategy::Pipeline | Strategy::Tensor, _) => format!("a pipeline over {n} workers as asked; {balance}"),
         };
         if fit.context_tokens < self.context.end {
             why += &format!("; context lowered from {} to {} tokens to fit", self.context.end, fit.context_tokens);

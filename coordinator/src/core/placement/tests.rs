@@ -75,7 +75,7 @@ fn auto_takes_one_node_when_that_is_enough_and_more_when_not() {
     let (spec, map) = model(8, 1024, false);
     let plan_for = |usable| plan(&spec, &map, &[node("b", usable, 0.0), node("a", usable, 0.0)], &options(Strategy::Auto));
     let roomy = plan_for(8 * GB).expect("fits");
-    assert_eq!((roomy.stages.len(), roomy.stages[0].layers.clone(), roomy.stages[0].node_name.as_str()), (1, 0..8, "a"));
+    assert_eq!((roomy.stages.len(), roomy.stages[0].layers.clone(), roomy.stages[0].ranks[0].node_name.as_str()), (1, 0..8, "a"));
     assert!(roomy.why.contains("a holds the whole model") && roomy.why.contains("not used: b"), "{}", roomy.why);
     assert_eq!((roomy.context_tokens, roomy.cache_tokens), (8192, 16 * 8192));
     let tight = plan_for(500_000_000).expect("fits on two");
@@ -89,10 +89,13 @@ fn a_pipeline_uses_all_nodes_but_no_more_than_layers() {
     let nodes: Vec<_> = ["d", "c", "b", "a"].iter().map(|name| node(name, 4 * GB, 50e9)).collect();
     let plan = plan(&spec, &map, &nodes, &options(Strategy::Pipeline)).expect("fits");
     assert_eq!(ranges(&plan), vec![0..1, 1..2, 2..3]);
-    assert_eq!(plan.stages.iter().map(|stage| stage.node_name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!(plan.stages.iter().map(|stage| stage.ranks[0].node_name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
     let embedding = map.part_bytes(Part::Embedding);
-    assert!(plan.stages[0].weights.0 > embedding && plan.stages[2].weights.0 > embedding, "a tied head needs the embedding at both ends");
-    assert!(plan.stages[1].weights.0 < embedding);
+    assert!(
+        plan.stages[0].ranks[0].weights.0 > embedding && plan.stages[2].ranks[0].weights.0 > embedding,
+        "a tied head needs the embedding at both ends"
+    );
+    assert!(plan.stages[1].ranks[0].weights.0 < embedding);
 }
 
 #[test]
@@ -164,7 +167,10 @@ fn caches_are_counted_as_they_will_be_kept() {
     assert!(late.context_tokens.abs_diff(plain.context_tokens) <= 256, "all of it comes before the start: {late}");
     let limited = with(CacheOptions { quantization: None, max_kv_size: Some(1000) });
     assert_eq!(limited.context_tokens, 8192, "{limited}");
-    assert!(limited.cache_tokens >= 1000 && limited.stages.iter().all(|stage| stage.needed() <= stage.usable), "{limited}");
+    assert!(
+        limited.cache_tokens >= 1000 && limited.stages.iter().all(|stage| stage.ranks[0].needed() <= stage.ranks[0].usable),
+        "{limited}"
+    );
 }
 
 #[test]
@@ -199,7 +205,7 @@ proptest! {
             prop_assert_eq!(plan.stages[0].layers.start, 0);
             prop_assert_eq!(plan.stages.last().map(|stage| stage.layers.end), Some(n_layers));
             prop_assert!(plan.stages.windows(2).all(|pair| pair[0].layers.end == pair[1].layers.start));
-            prop_assert!(plan.stages.iter().all(|stage| !stage.layers.is_empty() && stage.needed() <= stage.usable), "{}", plan);
+            prop_assert!(plan.stages.iter().all(|stage| !stage.layers.is_empty() && stage.ranks[0].needed() <= stage.ranks[0].usable), "{}", plan);
             prop_assert!(plan.cache_tokens >= u64::from(plan.context_tokens));
             prop_assert!(context.is_none_or(|context| context == plan.context_tokens));
         }

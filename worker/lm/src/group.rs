@@ -1,0 +1,102 @@
+//! The tensor-parallel group of a stage: sums and gathers over its ranks.
+
+use crate::{
+    error::LmError,
+    ffi::{self, DistributedGroup},
+};
+use mlx_cluster_common::{plan::Collective, tensor::TensorPlace};
+use mlx_rs::{Array, ops};
+use std::{cell::OnceCell, ffi::CStr, path::Path, rc::Rc};
+
+/// MLX's ring reads the ranks' addresses from the file that this names, and its own rank from the second; whoever starts the process sets
+/// both.
+pub const HOSTFILE_VARIABLE: &str = "MLX_HOSTFILE";
+pub const RANK_VARIABLE: &str = "MLX_RANK";
+
+const RING: &CStr = c"ring";
+const JACCL: &CStr = c"jaccl";
+
+/// The ranks of a stage. Blocks are built with it before it has formed; a collective before that is an error. Clones are the same group.
+///
+/// Every rank has to call the same collectives in the same order, which holds when all apply the same steps: MLX orders them by the graph.
+#[derive(Debug, Clone)]
+pub struct Group(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    place: TensorPlace,
+    formed: OnceCell<DistributedGroup>,
+}
+
+impl Group {
+    pub fn new(place: TensorPlace) -> Self {
+        Self(Rc::new(Inner { place, formed: OnceCell::new() }))
+    }
+
+    /// Connects to the other ranks; `addresses` are where each listens, by rank. Waits for ever for a rank that does not come: the caller
+    /// has to end the process when it takes too long. A process can form one group in its life.
+    pub fn form(&self, collective: Collective, addresses: &[String]) -> Result<(), LmError> {
+        if addresses.len() != self.size() {
+            return Err(LmError::Group(format!("{} addresses for {} ranks", addresses.len(), self.size())));
+        }
+        let name = match collective {
+            Collective::Jaccl => JACCL,
+            Collective::Auto if ffi::has_collective(JACCL) && std::env::var_os("MLX_IBV_DEVICES").is_some() => JACCL,
+            Collective::Auto | Collective::Ring => RING,
+        };
+        if name == RING {
+            let path = std::env::var_os(HOSTFILE_VARIABLE).ok_or_else(|| LmError::Group(format!("{HOSTFILE_VARIABLE} is not set")))?;
+            write_hostfile(Path::new(&path), addresses)?;
+        }
+        let group = ffi::form_group(name, self.size())?;
+        self.0.formed.set(group).map_err(|_| LmError::Group("the group has formed before".into()))
+    }
+
+    pub fn rank(&self) -> u32 {
+        self.0.place.rank
+    }
+
+    pub fn size(&self) -> usize {
+        self.0.place.ranks()
+    }
+
+    pub fn has_formed(&self) -> bool {
+        self.0.formed.get().is_some()
+    }
+
+    /// The sum over all ranks, the same bits on each.
+    pub fn all_sum(&self, array: &Array) -> Result<Array, LmError> {
+        ffi::all_sum(array, self.formed()?)
+    }
+
+    /// The parts of all ranks side by side along the last axis: `lengths[rank]` entries of each.
+    pub fn all_gather_last(&self, array: &Array, lengths: &[i32]) -> Result<Array, LmError> {
+        // MLX gathers equal shapes along the first axis.
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let own = array.dim(-1);
+        let flat = array.reshape(&[-1, own])?;
+        let padded = if own == longest { flat } else { ops::pad(&flat, &[(0, 0), (0, longest - own)], None, None)? };
+        let rows = padded.dim(0);
+        let all = ffi::all_gather(&padded.expand_dims(0)?, self.formed()?)?;
+        let part = |(rank, length): (i32, &i32)| {
+            ffi::slice(&all, &[rank, 0, 0], &[rank + 1, rows, *length])?.reshape(&[rows, *length]).map_err(LmError::from)
+        };
+        let parts = (0..).zip(lengths).map(part).collect::<Result<Vec<_>, _>>()?;
+        let mut shape = array.shape().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = lengths.iter().sum();
+        }
+        Ok(ops::concatenate(&parts, -1)?.reshape(&shape)?)
+    }
+
+    fn formed(&self) -> Result<&DistributedGroup, LmError> {
+        self.0.formed.get().ok_or_else(|| LmError::Group("the group has not formed yet".into()))
+    }
+}
+
+/// One list of addresses a rank, as MLX's ring reads it.
+fn write_hostfile(path: &Path, addresses: &[String]) -> Result<(), LmError> {
+    let quoted: Vec<_> = addresses.iter().map(|address| format!("[\"{}\"]", address.replace(['"', '\\'], ""))).collect();
+    std::fs::write(path, format!("[{}]", quoted.join(",")))
+        .map_err(|error| LmError::Group(format!("cannot write {}: {error}", path.display())))
+}
