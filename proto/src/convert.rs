@@ -585,6 +585,8 @@ mod tests {
             stage: 1,
             n_stages: 2,
             layers: 3..5,
+            place: TensorPlace { rank: 1, shares: vec![2, 1] },
+            collective: Collective::Ring,
             context_tokens: 4096,
             cache_tokens: 8192,
             memory: Bytes(7),

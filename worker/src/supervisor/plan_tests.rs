@@ -14,6 +14,8 @@ fn spec(id: &str, layers_end: u32) -> EngineSpec {
         stage: 0,
         n_stages: 1,
         layers: 0..layers_end,
+        place: mlx_cluster_common::tensor::TensorPlace::alone(),
+        collective: mlx_cluster_common::plan::Collective::Auto,
         context_tokens: 128,
         cache_tokens: 1024,
         memory: Bytes(1 << 20),

@@ -22,6 +22,8 @@ fn spec(model: ModelSource) -> EngineSpec {
         stage: 0,
         n_stages: 1,
         layers: 0..2,
+        place: mlx_cluster_common::tensor::TensorPlace::alone(),
+        collective: mlx_cluster_common::plan::Collective::Auto,
         context_tokens: 128,
         cache_tokens: 1024,
         memory: Bytes(1 << 20),
