@@ -11,7 +11,7 @@ use mlx_cluster_common::{
     cache::CacheOptions,
     engine::NodeFacts,
     ids::{ClusterName, NodeId},
-    plan::{Plan, Strategy},
+    plan::{Plan, Strategy, ToldStage},
     units::Bytes,
 };
 use mlx_cluster_proto::wire::Hello;
@@ -38,6 +38,7 @@ pub struct PlanOnlyOptions {
     pub model: String,
     pub strategy: Strategy,
     pub split: Option<Vec<u32>>,
+    pub stages: Option<Vec<ToldStage>>,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
     pub nodes: PlanNodes,
@@ -58,9 +59,10 @@ pub async fn plan_only(options: PlanOnlyOptions) -> Result<Plan, CoordinatorErro
         model: facts.name.clone(),
         strategy: options.strategy,
         split: options.split,
+        stages: options.stages,
         context_tokens: options.context_tokens,
         caches: options.caches,
-        min_stages: 1,
+        min_workers: 1,
     };
     Ok(placement::plan(&facts.spec, &facts.weights, &nodes, &plan_options)?)
 }

@@ -17,7 +17,7 @@ use crate::{
 use mlx_cluster_common::{
     cache::CacheOptions,
     ids::{ClusterName, NodeId},
-    plan::Strategy,
+    plan::{Strategy, ToldStage},
     request::EngineLoad,
 };
 use mlx_cluster_proto::{net, wire::Hello};
@@ -60,6 +60,8 @@ pub struct CoordinatorOptions {
     pub strategy: Strategy,
     /// Layers of each stage, the most capable worker first.
     pub split: Option<Vec<u32>>,
+    /// Which workers hold which layers, exactly.
+    pub stages: Option<Vec<ToldStage>>,
     pub context_tokens: Option<u32>,
     /// How keys and values are kept.
     pub caches: CacheOptions,
@@ -81,6 +83,7 @@ impl Default for CoordinatorOptions {
             min_workers: 1,
             strategy: Strategy::Auto,
             split: None,
+            stages: None,
             context_tokens: None,
             caches: CacheOptions::default(),
             home: PathBuf::new(),
@@ -143,6 +146,7 @@ async fn serve(
     };
     if let Some(model) = &model {
         placement::check_split(model.facts.spec.n_layers(), options.split.as_deref())?;
+        placement::check_stages(&model.facts.spec, options.stages.as_deref())?;
     }
     let id = uuid::Uuid::new_v4().simple().to_string();
     let name = options.name.clone().unwrap_or_else(host_name);
@@ -214,6 +218,7 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
         min_workers: options.min_workers,
         strategy: options.strategy,
         split: options.split.clone(),
+        stages: options.stages.clone(),
         context_tokens: options.context_tokens,
         caches: options.caches,
         wait: Some(options.wait_for_workers),

@@ -9,7 +9,7 @@ use crate::{
     signals,
     target::DEFAULT_HTTP,
 };
-use mlx_cluster_common::plan::Strategy;
+use mlx_cluster_common::plan::{Strategy, ToldStage};
 use mlx_cluster_coordinator::{
     CoordinatorOptions,
     report::{self, Reporter},
@@ -46,12 +46,16 @@ pub(crate) struct CoordinatorArgs {
     /// Plan only when so many workers are there
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     min_workers: u32,
-    /// auto: as few workers as the model needs, since every hop takes time; pipeline: all that are there
-    #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
+    /// auto: as few workers as the model needs, since every hop takes time; pipeline: all that are there, one after the other; tensor: all
+    /// that are there, each matrix split
+    #[arg(long, value_name = "auto|pipeline|tensor", default_value = "auto")]
     strategy: Strategy,
     /// Layers for each worker, the one with the most memory first, instead of in proportion to their memory
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
+    /// Which workers hold which layers: `+` joins workers that split each matrix of their layers, `*2` gives one of them twice as much
+    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with_all = ["split", "strategy"])]
+    stages: Option<Vec<ToldStage>>,
     /// Longest sequence, prompt and answer together; what the model was made for unless given
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
@@ -74,6 +78,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         min_workers: args.min_workers as usize,
         strategy: args.strategy,
         split: args.split,
+        stages: args.stages,
         context_tokens: args.context,
         caches: args.caches.options()?,
         home: home()?,

@@ -2,7 +2,10 @@
 
 use super::worker::{DEFAULT_CLUSTER, cluster_name};
 use crate::{caches::CacheArgs, signals};
-use mlx_cluster_common::{plan::Strategy, units::Bytes};
+use mlx_cluster_common::{
+    plan::{Strategy, ToldStage},
+    units::Bytes,
+};
 use mlx_cluster_coordinator::{PlanNodes, PlanOnlyOptions, plan_only};
 use std::time::Duration;
 
@@ -26,12 +29,15 @@ pub(crate) struct PlanArgs {
     /// How long to wait for their answers
     #[arg(long, value_name = "SECONDS", default_value_t = 3, conflicts_with = "memory")]
     wait: u64,
-    /// auto: as few workers as the model needs; pipeline: all of them
-    #[arg(long, value_name = "auto|pipeline", default_value = "auto")]
+    /// auto: as few workers as the model needs; pipeline: all of them, one after the other; tensor: all of them, each matrix split
+    #[arg(long, value_name = "auto|pipeline|tensor", default_value = "auto")]
     strategy: Strategy,
     /// Layers for each worker, the one with the most memory first
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
+    /// Which workers hold which layers: `+` joins workers that split each matrix of their layers, `*2` gives one of them twice as much
+    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with_all = ["split", "strategy"])]
+    stages: Option<Vec<ToldStage>>,
     /// Longest sequence, prompt and answer together
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
@@ -48,6 +54,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         model: args.model,
         strategy: args.strategy,
         split: args.split,
+        stages: args.stages,
         context_tokens: args.context,
         caches: args.caches.options()?,
         nodes,

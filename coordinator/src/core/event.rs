@@ -6,7 +6,7 @@ use mlx_cluster_common::{
     cache::CacheOptions,
     engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts},
     ids::{Epoch, NodeId, SequenceId},
-    plan::{Plan, Strategy},
+    plan::{Plan, Strategy, ToldStage},
     request::{Delivery, SessionCommand},
     spec::ModelSpec,
     weights::WeightMap,
@@ -33,6 +33,7 @@ pub struct Settings {
     pub min_workers: usize,
     pub strategy: Strategy,
     pub split: Option<Vec<u32>>,
+    pub stages: Option<Vec<ToldStage>>,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
     /// How long to wait for the first `min_workers`; None waits for ever.
@@ -43,8 +44,9 @@ impl Settings {
     /// Workers that are needed before anything is planned.
     pub(super) fn wanted_workers(&self) -> usize {
         let split = self.split.as_ref().map_or(0, Vec::len);
+        let named: usize = self.stages.iter().flatten().map(|stage| stage.ranks.len()).sum();
         let least = usize::from(self.model.is_some());
-        self.min_workers.max(split).max(least)
+        self.min_workers.max(split).max(named).max(least)
     }
 }
 

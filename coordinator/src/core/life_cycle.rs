@@ -151,7 +151,7 @@ impl Cluster {
     }
 
     fn plan_options(&self, model: &str) -> PlanOptions {
-        let min_stages = match self.settings.strategy {
+        let min_workers = match self.settings.strategy {
             Strategy::Pipeline | Strategy::Tensor => self.settings.wanted_workers(),
             Strategy::Auto => 1,
         };
@@ -159,9 +159,10 @@ impl Cluster {
             model: model.to_owned(),
             strategy: self.settings.strategy,
             split: self.settings.split.clone(),
+            stages: self.settings.stages.clone(),
             context_tokens: self.settings.context_tokens,
             caches: self.settings.caches,
-            min_stages,
+            min_workers,
         }
     }
 

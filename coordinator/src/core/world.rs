@@ -37,6 +37,7 @@ pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
         min_workers: workers,
         strategy,
         split: None,
+        stages: None,
         context_tokens: None,
         caches: CacheOptions::default(),
         wait: Some(Duration::from_secs(120)),

@@ -95,10 +95,14 @@ impl Costs {
         self.working + if layers.end == self.n_layers { self.logits } else { 0 }
     }
 
-    pub(super) fn needed(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
+    /// Caches for so many tokens, and the states of [`SEQUENCES`].
+    pub(super) fn cache_and_states(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
         let cache = self.cache_per_token(layers).saturating_mul(cache_tokens);
-        let states = between(&self.layer_state, layers).saturating_mul(SEQUENCES);
-        self.weights(layers).saturating_add(cache).saturating_add(states).saturating_add(self.working(layers))
+        cache.saturating_add(between(&self.layer_state, layers).saturating_mul(SEQUENCES))
+    }
+
+    pub(super) fn needed(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
+        self.weights(layers).saturating_add(self.cache_and_states(layers, cache_tokens)).saturating_add(self.working(layers))
     }
 
     /// Weight bytes that pass through the processor for each decoded token.

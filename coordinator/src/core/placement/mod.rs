@@ -1,39 +1,33 @@
 //! Which node holds which layers: pure, total and deterministic, with numbers for people.
 
 mod costs;
+mod layout;
+mod planner;
 mod split;
+mod told;
 mod why_not;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use told::{check_split, check_stages};
 pub use why_not::{NodeMemory, WhyNot};
 
-use costs::Costs;
+use layout::Sizes;
 use mlx_cluster_common::{
-    cache::{CacheOptions, CacheReservation},
+    cache::CacheOptions,
     engine::NodeFacts,
-    plan::{Plan, Rank, Stage, Strategy},
+    plan::{Plan, Strategy, ToldStage},
     spec::{ModelSpec, Part},
-    units::Bytes,
     weights::WeightMap,
 };
+use planner::Planner;
 use std::{collections::BTreeMap, ops::Range};
 
 /// Longest context that is planned for unless told otherwise.
 pub const DEFAULT_CONTEXT_TOKENS: u32 = 32_768;
 /// The context is not lowered below this to make a model fit.
 pub const MIN_CONTEXT_TOKENS: u32 = 512;
-/// Caches are made for this many full contexts where memory allows.
-const WISHED_CONTEXTS: u64 = 16;
-/// A model that takes more of the best node than this goes over several nodes where there are some.
-const COMFORTABLE: f64 = 0.9;
-/// With every node filled less than this, speed decides about the split instead of memory.
-const PLENTIFUL: f64 = 0.8;
-const CONTEXT_STEP: u32 = 256;
-/// What a layer takes at decode besides reading its weights: starting kernels. It matters for small models only.
-const LAYER_SECONDS: f64 = 100e-6;
-
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PlanOptions {
@@ -41,85 +35,51 @@ pub struct PlanOptions {
     pub strategy: Strategy,
     /// Layers of each stage, exactly.
     pub split: Option<Vec<u32>>,
+    /// Which workers hold which layers, exactly.
+    pub stages: Option<Vec<ToldStage>>,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
-    /// Fewer stages than this are refused.
-    pub min_stages: usize,
-}
-
-/// How the layers were divided.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Balance {
-    Bandwidth,
-    Memory,
-}
-
-struct Planner<'a> {
-    costs: Costs,
-    /// What a token would take in caches of the plain kind.
-    plain_cache: u64,
-    caches: CacheOptions,
-    reservation: CacheReservation,
-    /// Most capable first.
-    nodes: Vec<Candidate<'a>>,
-    n_layers: u32,
-    min_stages: usize,
-    strategy: Strategy,
-    /// What is tried first, and the least to go down to.
-    context: Range<u32>,
-}
-
-struct Fit {
-    context_tokens: u32,
-    layers: Vec<Range<u32>>,
-    balance: Balance,
+    /// Fewer workers than this are refused.
+    pub min_workers: usize,
 }
 
 /// Decides which node holds which layers, or says with numbers why it cannot be.
 pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
     options.caches.check(spec)?;
     let context = context_range(spec, options)?;
-    let split = options.split.as_deref();
-    check_split(spec.n_layers(), split)?;
-    let min_stages = options.min_stages.max(1);
-    if spec.n_layers() == 0 || min_stages > spec.n_layers() as usize {
-        return Err(WhyNot::TooFewLayers { layers: spec.n_layers(), stages: min_stages });
-    }
-    let wanted = split.map_or(min_stages, <[u32]>::len);
+    check_split(spec.n_layers(), options.split.as_deref())?;
+    check_stages(spec, options.stages.as_deref())?;
+    let wanted = wanted_workers(spec, options)?;
     if nodes.len() < wanted {
         return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
     }
+    let sizes = Sizes::new(spec, map, options.caches);
     let planner = Planner {
-        costs: Costs::new(spec, map, &options.caches),
+        costs: sizes.group(&[1]),
+        sizes,
         plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
-        caches: options.caches,
         reservation: options.caches.reservation(spec, costs::activation_dtype(map)),
         nodes: by_capability(nodes),
         n_layers: spec.n_layers(),
-        min_stages,
-        strategy: options.strategy,
+        min_workers: options.min_workers.max(1),
         context,
+        options,
     };
-    let fit = match split {
-        Some(split) => planner.told(split)?,
-        None => planner.best().ok_or_else(|| planner.does_not_fit())?,
-    };
-    let plan = planner.plan(&fit, options);
+    let fit = planner.fit()?;
+    let plan = planner.plan(&fit);
     check_tiles(spec, &plan)?;
     Ok(plan)
 }
 
-/// Whether a `--split` can be right for a model, before any worker is known.
-pub fn check_split(n_layers: u32, split: Option<&[u32]>) -> Result<(), WhyNot> {
-    let Some(split) = split else { return Ok(()) };
-    let text = || split.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-    if split.is_empty() || split.contains(&0) {
-        return Err(WhyNot::EmptyStage { split: text() });
+/// Workers without which no plan is possible.
+fn wanted_workers(spec: &ModelSpec, options: &PlanOptions) -> Result<usize, WhyNot> {
+    let least = options.min_workers.max(1);
+    let stages = if options.strategy == Strategy::Tensor { 1 } else { least };
+    if spec.n_layers() == 0 || stages > spec.n_layers() as usize {
+        return Err(WhyNot::TooFewLayers { layers: spec.n_layers(), stages });
     }
-    match split.iter().map(|n| u64::from(*n)).sum::<u64>() {
-        sum if sum == u64::from(n_layers) => Ok(()),
-        sum => Err(WhyNot::SplitSum { split: text(), sum, layers: n_layers }),
-    }
+    let told = options.stages.as_ref().map(|stages| stages.iter().map(|stage| stage.ranks.len()).sum());
+    Ok(told.or(options.split.as_ref().map(Vec::len)).unwrap_or(least))
 }
 
 /// The context to start with, and the least that will do.
@@ -166,196 +126,6 @@ fn bandwidth(node: &NodeFacts, nodes: &[NodeFacts]) -> Option<f64> {
     measured.sort_by(f64::total_cmp);
     let all_known = measured.iter().all(|bandwidth| bandwidth.is_finite() && *bandwidth > 0.0);
     all_known.then(|| measured.iter().sum::<f64>() / measured.len() as f64)
-}
-
-impl Planner<'_> {
-    /// The plan's split by strategy: first with the context that was wished for, then with less.
-    fn best(&self) -> Option<Fit> {
-        let most = self.nodes.len().min(self.n_layers as usize);
-        let wished = self.context.end;
-        let counts: Vec<usize> = match self.strategy {
-            Strategy::Pipeline | Strategy::Tensor => (self.min_stages..=most).rev().collect(),
-            Strategy::Auto => (self.min_stages..=most).collect(),
-        };
-        let cramped = |n: usize| n == 1 && self.strategy == Strategy::Auto && most > 1;
-        let at = |n: usize, share: f64| self.fit(n, wished, share);
-        let first = counts.iter().find_map(|n| at(*n, if cramped(*n) { COMFORTABLE } else { 1.0 }));
-        first.or_else(|| counts.iter().find_map(|n| at(*n, 1.0))).or_else(|| self.longest_context(&counts))
-    }
-
-    /// The split with the longest context that fits; on ties the earlier number of stages.
-    fn longest_context(&self, counts: &[usize]) -> Option<Fit> {
-        let mut best: Option<Fit> = None;
-        for n in counts {
-            let at_least = best.as_ref().map_or(self.context.start, |fit| fit.context_tokens + 1);
-            let longer = self.longest_context_of(*n, at_least);
-            best = longer.or(best);
-        }
-        best
-    }
-
-    fn longest_context_of(&self, n: usize, at_least: u32) -> Option<Fit> {
-        let mut fit = self.fit(n, at_least, 1.0)?;
-        let (mut low, mut high) = (at_least, self.context.end);
-        while high - low > 1 {
-            let middle = low + (high - low) / 2;
-            match self.fit(n, middle, 1.0) {
-                Some(_) => low = middle,
-                None => high = middle,
-            }
-        }
-        let rounded = (low / CONTEXT_STEP * CONTEXT_STEP).max(at_least);
-        if let Some(found) = self.fit(n, rounded, 1.0) {
-            fit = found;
-        }
-        Some(fit)
-    }
-
-    /// The best split over the first `n` nodes with each filled to at most `share` of its usable memory.
-    fn fit(&self, n: usize, context_tokens: u32, share: f64) -> Option<Fit> {
-        let nodes = self.nodes.get(..n)?;
-        let cache_tokens = self.reservation.of(context_tokens);
-        let filled = |stage: usize, layers: &Range<u32>| {
-            let usable = nodes.get(stage).map_or(0, |candidate| candidate.node.usable_memory.0);
-            let needed = self.costs.needed(layers, cache_tokens);
-            (needed <= usable).then(|| needed as f64 / usable.max(1) as f64)
-        };
-        if nodes.iter().all(|candidate| candidate.bandwidth.is_some()) {
-            let time = |stage: usize, layers: Range<u32>| {
-                filled(stage, &layers).filter(|filled| *filled <= share.min(PLENTIFUL))?;
-                let reading = self.costs.read(&layers) as f64 / nodes.get(stage)?.bandwidth?;
-                Some(reading + layers.len() as f64 * LAYER_SECONDS)
-            };
-            if let Some(layers) = split::best(self.n_layers, n, time) {
-                return Some(Fit { context_tokens, layers, balance: Balance::Bandwidth });
-            }
-        }
-        let layers = split::best(self.n_layers, n, |stage, layers| filled(stage, &layers).filter(|filled| *filled <= share))?;
-        Some(Fit { context_tokens, layers, balance: Balance::Memory })
-    }
-
-    /// The split that was asked for, with the longest context that fits it.
-    fn told(&self, split: &[u32]) -> Result<Fit, WhyNot> {
-        let mut start = 0;
-        let layers: Vec<Range<u32>> = split
-            .iter()
-            .map(|n| {
-                let range = start..start + n;
-                start = range.end;
-                range
-            })
-            .collect();
-        let most = self.most_cache_tokens(&layers);
-        if most < self.reservation.of(self.context.start) {
-            return Err(self.split_does_not_fit(&layers));
-        }
-        let context_tokens = self.context.end.min(self.reservation.longest(most));
-        Ok(Fit { context_tokens, layers, balance: Balance::Memory })
-    }
-
-    /// Tokens that the caches of every stage can hold; 0 when a stage does not even hold its weights.
-    fn most_cache_tokens(&self, layers: &[Range<u32>]) -> u64 {
-        let tokens = layers.iter().zip(&self.nodes).map(|(layers, candidate)| {
-            let per_token = self.costs.cache_per_token(layers);
-            match candidate.node.usable_memory.0.checked_sub(self.costs.needed(layers, 0)) {
-                None => 0,
-                Some(_) if per_token == 0 => u64::MAX,
-                Some(free) => free / per_token,
-            }
-        });
-        tokens.min().unwrap_or(0)
-    }
-
-    fn plan(&self, fit: &Fit, options: &PlanOptions) -> Plan {
-        let context = self.reservation.of(fit.context_tokens);
-        let cache_tokens = self.most_cache_tokens(&fit.layers).min(context * WISHED_CONTEXTS).max(context);
-        let stage = |(layers, Candidate { node, .. }): (&Range<u32>, &Candidate<'_>)| Stage {
-            layers: layers.clone(),
-            ranks: vec![Rank {
-                node: node.id.clone(),
-                node_name: node.name.clone(),
-                share: 1,
-                weights: Bytes(self.costs.weights(layers)),
-                cache: Bytes(self.costs.cache_per_token(layers).saturating_mul(cache_tokens)),
-                working: Bytes(self.costs.working(layers)),
-                usable: node.usable_memory,
-            }],
-        };
-        Plan {
-            model: options.model.clone(),
-            strategy: self.strategy,
-            context_tokens: fit.context_tokens,
-            cache_tokens,
-            caches: self.caches,
-            reservation: self.reservation,
-            stages: fit.layers.iter().zip(&self.nodes).map(stage).collect(),
-            why: self.why(fit, options),
-        }
-    }
-
-    fn why(&self, fit: &Fit, options: &PlanOptions) -> String {
-        let n = fit.layers.len();
-        let balance = match fit.balance {
-            Balance::Bandwidth => "layers balanced by measured memory bandwidth",
-            Balance::Memory => "layers in proportion to usable memory",
-        };
-        let whole = Bytes(self.costs.needed(&(0..self.n_layers), self.reservation.of(self.context.end)));
-        let first = self.nodes.first().map_or("", |candidate| candidate.node.name.as_str());
-        let usable = self.nodes.first().map_or(Bytes(0), |candidate| candidate.node.usable_memory);
-        let mut why = match (&options.split, self.strategy, n) {
-            (Some(_), ..) => "layers split as told".to_owned(),
-            (None, Strategy::Auto, 1) => format!("{first} holds the whole model: {whole} of {usable} usable with one full context"),
-            (None, Strategy::Auto, _) if n == self.min_stages => format!("{n} stages, as many as asked for; {balance}"),
-            (None, Strategy::Auto, _) => {
-                format!("{n} stages: the whole model with one full context takes {whole}, {first} has {usable} usable; {balance}")
-            }
-            (None, Strategy::Pipeline | Strategy::Tensor, 1) => "one worker, so one stage".to_owned(),
-            (None, Strategy::Pipeline | Strategy::Tensor, _) => format!("a pipeline over {n} workers as asked; {balance}"),
-        };
-        if fit.context_tokens < self.context.end {
-            why += &format!("; context lowered from {} to {} tokens to fit", self.context.end, fit.context_tokens);
-        }
-        if self.caches != CacheOptions::default() {
-            let (now, plain) = (Bytes(self.costs.cache_per_token(&(0..self.n_layers))), Bytes(self.plain_cache));
-            why += &format!("; {}: a token takes {now} in the caches", self.caches);
-            why += &if now == plain { String::new() } else { format!(" instead of {plain}") };
-            why += &format!(", a full context {}", Bytes(now.0.saturating_mul(self.reservation.of(fit.context_tokens))));
-        }
-        let spare: Vec<_> = self.nodes.iter().skip(n).map(|candidate| candidate.node.name.as_str()).collect();
-        if !spare.is_empty() {
-            why += &format!("; not used: {}", spare.join(", "));
-        }
-        why
-    }
-
-    fn does_not_fit(&self) -> WhyNot {
-        let all = 0..self.n_layers;
-        let context_tokens = self.context.start;
-        let nodes = self.nodes.iter().map(|Candidate { node, .. }| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
-        WhyNot::DoesNotFit {
-            model_bytes: Bytes(self.costs.weights(&all)),
-            cache_bytes: Bytes(self.costs.cache_per_token(&all).saturating_mul(self.reservation.of(context_tokens))),
-            working_bytes: Bytes(self.costs.working(&all)),
-            context_tokens,
-            nodes: nodes.collect(),
-        }
-    }
-
-    fn split_does_not_fit(&self, layers: &[Range<u32>]) -> WhyNot {
-        let context_tokens = self.context.start;
-        let needed = |layers: &Range<u32>| self.costs.needed(layers, self.reservation.of(context_tokens));
-        let over = layers.iter().zip(&self.nodes).find(|(layers, candidate)| needed(layers) > candidate.node.usable_memory.0);
-        match over {
-            Some((layers, Candidate { node, .. })) => WhyNot::ShareDoesNotFit {
-                name: node.name.clone(),
-                layers: layers.end - layers.start,
-                needed: Bytes(needed(layers)),
-                usable: node.usable_memory,
-                context_tokens,
-            },
-            None => self.does_not_fit(),
-        }
-    }
 }
 
 /// Proves that the stages hold every part once: layer ranges without gap or overlap, a tied embedding on both ends.

@@ -1,12 +1,13 @@
 //! The planner's promises, on made-up models and machines.
 
-use super::*;
+use super::{costs::Costs, *};
 use mlx_cluster_common::{
     architectures::read_spec,
     cache::KvQuantization,
     dtype::DType,
     ids::NodeId,
     spec::{NormKind, Weight},
+    units::Bytes,
     weights::{TensorEntry, WeightIndex},
 };
 use proptest::{
@@ -61,7 +62,7 @@ pub(crate) fn node(name: &str, usable: u64, bandwidth: f64) -> NodeFacts {
 }
 
 fn options(strategy: Strategy) -> PlanOptions {
-    PlanOptions { model: "test".into(), strategy, min_stages: 1, ..Default::default() }
+    PlanOptions { model: "test".into(), strategy, min_workers: 1, ..Default::default() }
 }
 
 fn ranges(plan: &Plan) -> Vec<Range<u32>> {
@@ -224,4 +225,56 @@ fn a_stage_pays_for_copies_of_caches_that_it_reads() {
     assert_eq!(per_token(0..6), 2 * local + global);
     assert_eq!((per_token(0..2), per_token(2..6)), (2 * local, global + local));
     assert_eq!((per_token(3..5), per_token(5..6)), (local, global));
+}
+
+#[test]
+fn tensor_is_one_group_over_all_workers() {
+    let (spec, map) = model(8, 1024, false);
+    let nodes = [node("b", 4 * GB, 0.0), node("c", 4 * GB, 0.0), node("a", 4 * GB, 0.0)];
+    let group = plan(&spec, &map, &nodes, &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("fits");
+    assert_eq!((ranges(&group), group.stages[0].shares()), (std::iter::once(0..8).collect(), vec![1, 1, 1]));
+    assert_eq!(group.ranks().map(|rank| rank.node_name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert!(group.why.contains("3 workers in equal parts"), "{}", group.why);
+    let few = plan(&spec, &map, &nodes, &PlanOptions { min_workers: 4, ..options(Strategy::Tensor) });
+    assert_eq!(few, Err(WhyNot::TooFewNodes { found: 3, wanted: 4 }));
+    let (one_layer, map) = model(1, 64, true);
+    let many =
+        plan(&one_layer, &map, &nodes, &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("more ranks than layers");
+    assert_eq!(many.stages[0].ranks.len(), 3);
+}
+
+#[test]
+fn stages_are_told_by_name() {
+    let (spec, map) = model(8, 1024, false);
+    let nodes = [node("a", 4 * GB, 0.0), node("b", 3 * GB, 0.0), node("c", 2 * GB, 0.0)];
+    let with = |stages: &str| {
+        let stages = stages.split(',').map(|stage| stage.parse().expect("a stage")).collect();
+        plan(&spec, &map, &nodes, &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
+    };
+    let hybrid = with("c*4+a*2:0-4,id-b:5-7").expect("fits");
+    assert_eq!((ranges(&hybrid), hybrid.stages[0].shares(), hybrid.stages[1].shares()), (vec![0..5, 5..8], vec![2, 1], vec![1]));
+    assert_eq!(hybrid.ranks().map(|rank| rank.node_name.as_str()).collect::<Vec<_>>(), ["c", "a", "b"]);
+    assert!(hybrid.why.contains("as told") && !hybrid.why.contains("not used"), "{}", hybrid.why);
+    assert!(matches!(with("a:0-3,b:5-7"), Err(WhyNot::StagesGap { next: 4, layers: 8, .. })));
+    assert!(matches!(with("a:0-3"), Err(WhyNot::StagesGap { next: 4, layers: 8, .. })));
+    assert_eq!(with("a:0-3,a:4-7"), Err(WhyNot::NamedTwice { name: "a".into() }));
+    let unknown = with("a:0-3,x:4-7").expect_err("no such worker");
+    assert!(!unknown.is_usage() && unknown.to_string().contains("connected are: a, b, c"), "{unknown}");
+    let twins = [node("a", GB, 0.0), NodeFacts { id: NodeId("other".into()), ..node("a", GB, 0.0) }];
+    let stages = Some(vec!["a:0-7".parse().expect("a stage")]);
+    assert!(matches!(plan(&spec, &map, &twins, &PlanOptions { stages, ..options(Strategy::Auto) }), Err(WhyNot::AmbiguousWorker { .. })));
+}
+
+#[test]
+fn a_group_touches_no_cut_that_keys_and_values_cross() {
+    let (spec, map) = model_of(&json!({"model_type": "gemma4_text", "hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 3,
+        "sliding_window_pattern": 3, "hidden_size_per_layer_input": 32, "vocab_size": 128, "vocab_size_per_layer_input": 128}));
+    let nodes = [node("a", 4 * GB, 0.0), node("b", 3 * GB, 0.0), node("c", 2 * GB, 0.0)];
+    let with = |stages: &str| {
+        let stages = stages.split(',').map(|stage| stage.parse().expect("a stage")).collect();
+        plan(&spec, &map, &nodes, &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
+    };
+    assert_eq!(with("a+b:0-2,c:3-5"), Err(WhyNot::SharedCut { cut: 3 }));
+    assert!(with("a+b:0-0,c:1-5").is_ok() && with("a:0-2,c:3-5").is_ok());
 }

@@ -30,10 +30,22 @@ pub enum WhyNot {
     )]
     DoesNotFit { model_bytes: Bytes, cache_bytes: Bytes, working_bytes: Bytes, context_tokens: u32, nodes: Vec<NodeMemory> },
     #[error(
-        "{name} cannot hold its {layers} layers of --split: they need {needed} with a context of {context_tokens} tokens, {usable} is usable; \
-         give it fewer layers or a smaller --context"
+        "{name} cannot hold its {}{layers} layers as told: they need {needed} with a context of {context_tokens} tokens, {usable} is usable; \
+         give it fewer layers{} or a smaller --context", part_of(*ranks), if *ranks > 1 { ", a smaller share" } else { "" }
     )]
-    ShareDoesNotFit { name: String, layers: u32, needed: Bytes, usable: Bytes, context_tokens: u32 },
+    ShareDoesNotFit { name: String, layers: u32, ranks: usize, needed: Bytes, usable: Bytes, context_tokens: u32 },
+    #[error("--stages {stages} does not go on at layer {next}: the stages have to cover layers 0 to {} in order, each once", layers.saturating_sub(1))]
+    StagesGap { stages: String, next: u32, layers: u32 },
+    #[error("--stages names worker {name} twice: a worker holds one part of a model")]
+    NamedTwice { name: String },
+    #[error("--stages names worker {name}, which is not connected; connected are: {}", known.join(", "))]
+    UnknownWorker { name: String, known: Vec<String> },
+    #[error("--stages names worker {name}, and {} workers are called so: write the id instead, one of {}", ids.len(), ids.join(", "))]
+    AmbiguousWorker { name: String, ids: Vec<String> },
+    #[error(
+        "layers from {cut} on read keys and values of layers before it, so a stage of several workers can neither end nor begin there: move the cut"
+    )]
+    SharedCut { cut: u32 },
     #[error(transparent)]
     Caches(#[from] CacheError),
     #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
@@ -51,12 +63,20 @@ impl WhyNot {
                 | WhyNot::EmptyStage { .. }
                 | WhyNot::SplitSum { .. }
                 | WhyNot::TooFewLayers { .. }
+                | WhyNot::StagesGap { .. }
+                | WhyNot::NamedTwice { .. }
+                | WhyNot::AmbiguousWorker { .. }
+                | WhyNot::SharedCut { .. }
         )
     }
 }
 
 fn total(model: Bytes, cache: Bytes, working: Bytes) -> Bytes {
     model + cache + working
+}
+
+fn part_of(ranks: usize) -> &'static str {
+    if ranks > 1 { "part of " } else { "" }
 }
 
 fn each(nodes: &[NodeMemory]) -> String {
