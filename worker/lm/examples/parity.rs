@@ -3,23 +3,32 @@
 //! `parity MODEL_FOLDER` reads one line of JSON on stdin, `{"prompts": [[ids]], "new_tokens": n, "chunks": n, "layouts": [[first layers]]}`, and
 //! prints a line for each layout: each prompt alone, the first one in chunks, all of them in one batch, and all of them in one batch and in
 //! chunks whose prompts are not scored. `"kv_bits"`, `"kv_group_size"`, `"quantized_kv_start"` and `"max_kv_size"` may say how keys and values
-//! are kept.
+//! are kept. `"shares": [[2, 1]]` adds tensor-parallel groups, each of so many processes of this program with these shares.
 
 use mlx_cluster_common::{
     architectures::read_spec,
     cache::{CacheError, CacheOptions, KvQuantization},
     ids::{Epoch, SequenceId},
+    plan::Collective,
     sampling::SamplingParams,
     spec::ModelSpec,
     step::{Admission, Output, Segment, SegmentResult, Step, Token},
+    tensor::{TensorPlace, check_cover, rank_model},
     weights::{WeightIndex, WeightMap},
 };
 use mlx_cluster_lm::{
+    group::{Group, HOSTFILE_VARIABLE, RANK_VARIABLE},
     shard::{Shard, StepOutput},
     weights::Weights,
 };
 use serde::{Deserialize, Serialize};
-use std::{error::Error, io::BufRead, path::Path};
+use std::{
+    error::Error,
+    io::{BufRead, Read, Write},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 #[derive(Deserialize)]
 struct Request {
@@ -28,6 +37,8 @@ struct Request {
     chunks: usize,
     /// For each layout the first layers of its stages but the first.
     layouts: Vec<Vec<u32>>,
+    #[serde(default)]
+    shares: Vec<Vec<u32>>,
     kv_bits: Option<u32>,
     kv_group_size: Option<u32>,
     quantized_kv_start: Option<u32>,
@@ -53,6 +64,7 @@ struct Answer {
 #[derive(Serialize)]
 struct Answers {
     cuts: Vec<u32>,
+    shares: Vec<u32>,
     alone: Vec<Answer>,
     chunked: Answer,
     batched: Vec<Answer>,
@@ -60,22 +72,112 @@ struct Answers {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let folder = std::env::args().nth(1).ok_or("usage: parity MODEL_FOLDER")?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let folder = arguments.first().ok_or("usage: parity MODEL_FOLDER")?;
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
     let request: Request = serde_json::from_str(&line)?;
-    let folder = Path::new(&folder);
-    let spec = read_spec(&mlx_cluster_hub::read_config(&folder.join("config.json"))?)?;
-    let index = mlx_cluster_hub::folder_weight_index(folder)?;
-    let map = WeightMap::assign(&spec, &index)?;
+    let model = Model::open(Path::new(folder))?;
+    if let [_, place, addresses] = arguments.as_slice() {
+        let (place, addresses): (TensorPlace, Vec<String>) = (serde_json::from_str(place)?, serde_json::from_str(addresses)?);
+        return answer_as_rank(&model, &request, place, &addresses);
+    }
     for cuts in &request.layouts {
-        let mut pipeline = Pipeline::load(folder, &spec, &index, &map, cuts, &request.caches()?)?;
-        println!("{}", serde_json::to_string(&answers(&mut pipeline, &request, cuts)?)?);
+        let mut pipeline = model.pipeline(cuts, &request.caches()?)?;
+        println!("{}", serde_json::to_string(&answers(&mut pipeline, &request, cuts, &[])?)?);
+    }
+    for shares in &request.shares {
+        println!("{}", answers_of_group(folder, &line, shares)?);
     }
     Ok(())
 }
 
-fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32]) -> Result<Answers, Box<dyn Error>> {
+/// What this process says as one rank of a group: rank 0 prints it.
+fn answer_as_rank(model: &Model, request: &Request, place: TensorPlace, addresses: &[String]) -> Result<(), Box<dyn Error>> {
+    let shares = place.shares.clone();
+    let is_first = place.rank == 0;
+    let mut pipeline = Pipeline { stages: vec![model.rank(place, addresses, &request.caches()?)?], number: 0 };
+    let answers = answers(&mut pipeline, request, &[], &shares)?;
+    if is_first {
+        println!("{}", serde_json::to_string(&answers)?);
+    }
+    Ok(())
+}
+
+/// Starts a process a rank, and gives what rank 0 prints.
+fn answers_of_group(folder: &str, request: &str, shares: &[u32]) -> Result<String, Box<dyn Error>> {
+    let free = |_: &u32| Ok::<_, std::io::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string());
+    let addresses = serde_json::to_string(&shares.iter().map(free).collect::<Result<Vec<_>, _>>()?)?;
+    let temporary = std::env::temp_dir();
+    let mut ranks = Vec::new();
+    for rank in 0..shares.len() {
+        let hostfile = temporary.join(format!("parity-{}-{rank}.json", std::process::id()));
+        let place = TensorPlace { rank: rank as u32, shares: shares.to_vec() };
+        let mut process = Command::new(std::env::current_exe()?)
+            .args([folder, &serde_json::to_string(&place)?, &addresses])
+            .envs([(HOSTFILE_VARIABLE, hostfile.as_os_str()), (RANK_VARIABLE, rank.to_string().as_ref())])
+            .stdin(Stdio::piped())
+            .stdout(if rank == 0 { Stdio::piped() } else { Stdio::null() })
+            .spawn()?;
+        process.stdin.take().ok_or("no stdin")?.write_all(request.as_bytes())?;
+        ranks.push((process, hostfile));
+    }
+    let mut output = String::new();
+    let mut failed = None;
+    for (rank, (mut process, hostfile)) in ranks.into_iter().enumerate() {
+        if let Some(mut stdout) = process.stdout.take() {
+            stdout.read_to_string(&mut output)?;
+        }
+        let status = process.wait()?;
+        drop(std::fs::remove_file(hostfile));
+        if !status.success() {
+            failed = failed.or(Some(format!("rank {rank} of shares {shares:?} ended with {status}")));
+        }
+    }
+    failed.map_or_else(|| Ok(output.trim().to_owned()), |failed| Err(failed.into()))
+}
+
+/// What all layouts are made of.
+struct Model {
+    folder: PathBuf,
+    spec: ModelSpec,
+    index: WeightIndex,
+    map: WeightMap,
+}
+
+impl Model {
+    fn open(folder: &Path) -> Result<Self, Box<dyn Error>> {
+        let spec = read_spec(&mlx_cluster_hub::read_config(&folder.join("config.json"))?)?;
+        let index = mlx_cluster_hub::folder_weight_index(folder)?;
+        let map = WeightMap::assign(&spec, &index)?;
+        Ok(Self { folder: folder.to_path_buf(), spec, index, map })
+    }
+
+    fn pipeline(&self, cuts: &[u32], caches: &CacheOptions) -> Result<Pipeline, Box<dyn Error>> {
+        let starts = [0].iter().chain(cuts).copied();
+        let ends = cuts.iter().copied().chain([self.spec.n_layers()]);
+        let mut stages = Vec::new();
+        for (start, end) in starts.zip(ends) {
+            let weights = Weights::load(&self.folder, &self.index, &self.map, &self.spec.parts_of(start..end), |_| {})?;
+            stages.push(Shard::new(&self.spec, start..end, weights, caches)?);
+        }
+        Ok(Pipeline { stages, number: 0 })
+    }
+
+    /// One rank of all layers.
+    fn rank(&self, place: TensorPlace, addresses: &[String], caches: &CacheOptions) -> Result<Shard, Box<dyn Error>> {
+        let parts = self.spec.parts();
+        check_cover(&self.spec, &self.map, &parts, &place.shares)?;
+        let rank = rank_model(&self.spec, &self.map, &place)?;
+        let group = Group::new(place);
+        let weights = Weights::load(&self.folder, &self.index, &rank.weights, &parts, |_| {})?.of_rank(rank.split, group.clone());
+        let shard = Shard::new(&rank.spec, 0..self.spec.n_layers(), weights, caches)?;
+        group.form(Collective::Ring, addresses)?;
+        Ok(shard)
+    }
+}
+
+fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32], shares: &[u32]) -> Result<Answers, Box<dyn Error>> {
     let prompts = &request.prompts;
     let mut alone = Vec::new();
     for prompt in prompts {
@@ -84,7 +186,7 @@ fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32]) -> Result<A
     let chunked = pipeline.answer(&prompts[..1], request.new_tokens, request.chunks, true)?.swap_remove(0);
     let batched = pipeline.answer(prompts, request.new_tokens, 1, true)?;
     let unscored = pipeline.answer(prompts, request.new_tokens, request.chunks, false)?;
-    Ok(Answers { cuts: cuts.to_vec(), alone, chunked, batched, unscored })
+    Ok(Answers { cuts: cuts.to_vec(), shares: shares.to_vec(), alone, chunked, batched, unscored })
 }
 
 /// Stages one after the other.
@@ -94,24 +196,6 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn load(
-        folder: &Path,
-        spec: &ModelSpec,
-        index: &WeightIndex,
-        map: &WeightMap,
-        cuts: &[u32],
-        caches: &CacheOptions,
-    ) -> Result<Self, Box<dyn Error>> {
-        let starts = [0].iter().chain(cuts).copied();
-        let ends = cuts.iter().copied().chain([spec.n_layers()]);
-        let mut stages = Vec::new();
-        for (start, end) in starts.zip(ends) {
-            let weights = Weights::load(folder, index, map, &spec.parts_of(start..end), |_| {})?;
-            stages.push(Shard::new(spec, start..end, weights, caches)?);
-        }
-        Ok(Self { stages, number: 0 })
-    }
-
     /// The prompts side by side, each in so many chunks, and their greedy continuations. What a prompt that is not scored makes besides its
     /// caches is computed for its last token alone.
     fn answer(&mut self, prompts: &[Vec<u32>], new_tokens: u32, chunks: usize, scored: bool) -> Result<Vec<Answer>, Box<dyn Error>> {

@@ -6,7 +6,7 @@ use crate::{
 };
 use mlx_cluster_common::{plan::Collective, tensor::TensorPlace};
 use mlx_rs::{Array, ops};
-use std::{cell::OnceCell, ffi::CStr, path::Path, rc::Rc};
+use std::{cell::OnceCell, ffi::CStr, ops::Range, path::Path, rc::Rc};
 
 /// MLX's ring reads the ranks' addresses from the file that this names, and its own rank from the second; whoever starts the process sets
 /// both.
@@ -69,6 +69,12 @@ impl Group {
         ffi::all_sum(array, self.formed()?)
     }
 
+    /// What rank 0 has, on every rank: for numbers that the ranks could compute differently.
+    pub fn of_first(&self, array: &Array) -> Result<Array, LmError> {
+        let factor = Array::from_int(i32::from(self.rank() == 0)).as_dtype(array.dtype())?;
+        self.all_sum(&ops::multiply(array, factor)?)
+    }
+
     /// The parts of all ranks side by side along the last axis: `lengths[rank]` entries of each.
     pub fn all_gather_last(&self, array: &Array, lengths: &[i32]) -> Result<Array, LmError> {
         // MLX gathers equal shapes along the first axis.
@@ -91,6 +97,38 @@ impl Group {
 
     fn formed(&self) -> Result<&DistributedGroup, LmError> {
         self.0.formed.get().ok_or_else(|| LmError::Group("the group has not formed yet".into()))
+    }
+}
+
+/// A table or head whose rows are on the ranks of a group.
+#[derive(Debug, Clone)]
+pub struct Vocabulary {
+    group: Group,
+    /// The rank's own rows.
+    own: Range<i32>,
+    /// Rows of each rank.
+    lengths: Vec<i32>,
+}
+
+impl Vocabulary {
+    pub fn new(group: Group, parts: &[Range<u32>]) -> Self {
+        let own = parts.get(group.rank() as usize).map_or(0..0, |range| range.start as i32..range.end as i32);
+        Self { group, own, lengths: parts.iter().map(|range| (range.end - range.start) as i32).collect() }
+    }
+
+    /// Rows of the whole table for token ids `[..]`: `rows` looks ids up in the rank's own.
+    pub fn look_up(&self, ids: &Array, rows: impl FnOnce(&Array) -> Result<Array, LmError>) -> Result<Array, LmError> {
+        let number = |value: i32| Array::from_int(value).as_dtype(ids.dtype());
+        let inside = ops::logical_and(ops::ge(ids, number(self.own.start)?)?, ops::lt(ids, number(self.own.end)?)?)?;
+        let own = ops::select(&inside, ops::subtract(ids, number(self.own.start)?)?, number(0)?)?;
+        let found = rows(&own)?;
+        let nothing = Array::from_f32(0.0).as_dtype(found.dtype())?;
+        self.group.all_sum(&ops::select(inside.expand_dims(-1)?, &found, nothing)?)
+    }
+
+    /// Logits of all ranks side by side.
+    pub fn gather(&self, logits: &Array) -> Result<Array, LmError> {
+        self.group.all_gather_last(logits, &self.lengths)
     }
 }
 

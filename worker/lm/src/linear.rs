@@ -4,6 +4,7 @@ pub use crate::parameters::Parameters;
 use crate::{
     error::LmError,
     ffi::{self, Quantised},
+    group::{Group, Vocabulary},
     parameters::parameters,
     weights::Weights,
 };
@@ -110,18 +111,55 @@ impl Parameters for Matrix {
 pub struct Linear {
     matrix: Matrix,
     bias: Option<Array>,
+    across: Across,
 }
 parameters!(Linear: matrix, bias);
+
+/// What becomes of the outputs that the ranks of a group have.
+#[derive(Debug, Clone)]
+enum Across {
+    /// Each keeps its own.
+    Nothing,
+    /// They are added up.
+    Sum(Group),
+    /// They stand side by side.
+    Gather(Vocabulary),
+}
 
 impl Linear {
     pub fn load(weights: &mut Weights, spec: &LinearSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let matrix = Matrix::load(weights, &spec.path, quantization)?;
         let bias = spec.bias.then(|| weights.take(&format!("{}.bias", spec.path))).transpose()?;
-        Ok(Self { matrix, bias })
+        let across = match (weights.sum_over(&spec.path), weights.vocabulary(&spec.path)) {
+            (Some(group), _) => Across::Sum(group),
+            (None, Some(vocabulary)) => Across::Gather(vocabulary),
+            (None, None) => Across::Nothing,
+        };
+        Ok(Self { matrix, bias, across })
+    }
+
+    /// Leaves the sum over the ranks to the caller, who sums more than this; None when there is nothing to sum.
+    pub fn without_sum(self) -> Option<Self> {
+        match self.across {
+            Across::Sum(_) if self.bias.is_none() => Some(Self { across: Across::Nothing, ..self }),
+            _ => None,
+        }
     }
 
     /// `[.., input] -> [.., output]`.
     pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
+        match &self.across {
+            Across::Nothing => self.own(x),
+            Across::Gather(vocabulary) => vocabulary.gather(&self.own(x)?),
+            // The bias is added once, and on every rank, so that all ranks have the same graph and meet in the same order.
+            Across::Sum(group) => {
+                let sum = group.all_sum(&self.matrix.apply(x)?)?;
+                self.bias.as_ref().map_or(Ok(sum.clone()), |bias| Ok(ops::add(sum, bias)?))
+            }
+        }
+    }
+
+    fn own(&self, x: &Array) -> Result<Array, LmError> {
         Ok(match (&self.matrix, &self.bias) {
             // One fused operation where MLX has it, as mlx-lm does, so that the bits agree.
             (Matrix::Dense { weight }, Some(bias)) => ops::addmm(bias, x, weight.t(), None, None)?,
@@ -135,22 +173,28 @@ impl Linear {
 #[derive(Debug, Clone)]
 pub struct Embedding {
     matrix: Matrix,
+    /// When the ranks of a group have a part of the rows each.
+    vocabulary: Option<Vocabulary>,
 }
 parameters!(Embedding: matrix);
 
 impl Embedding {
     pub fn load(weights: &mut Weights, spec: &EmbeddingSpec, quantization: &Quantization) -> Result<Self, LmError> {
-        Ok(Self { matrix: Matrix::load(weights, &spec.path, quantization)? })
+        Ok(Self { matrix: Matrix::load(weights, &spec.path, quantization)?, vocabulary: weights.vocabulary(&spec.path) })
     }
 
     /// `[..] -> [.., dims]`.
     pub fn forward(&self, ids: &Array) -> Result<Array, LmError> {
-        self.matrix.rows(ids)
+        match &self.vocabulary {
+            None => self.matrix.rows(ids),
+            Some(vocabulary) => vocabulary.look_up(ids, |own| self.matrix.rows(own)),
+        }
     }
 
     /// `[.., dims] -> [.., vocab_size]`.
     pub fn as_linear(&self, x: &Array) -> Result<Array, LmError> {
-        self.matrix.apply(x)
+        let logits = self.matrix.apply(x)?;
+        self.vocabulary.as_ref().map_or(Ok(logits.clone()), |vocabulary| vocabulary.gather(&logits))
     }
 }
 
@@ -167,6 +211,13 @@ impl Experts {
     pub fn load(weights: &mut Weights, spec: &ExpertsSpec, quantization: &Quantization) -> Result<Self, LmError> {
         let matrix = Matrix::load(weights, &spec.path, quantization)?;
         let bias = spec.bias.then(|| weights.take(&format!("{}.bias", spec.path))).transpose()?;
+        let bias = match (bias, weights.sum_over(&spec.path)) {
+            // Every rank adds it to what will be a sum: as it is on the first, as zeros on others. Whole experts have their own.
+            (Some(bias), Some(group)) if weights.members(&spec.path).is_none() && group.rank() > 0 => {
+                Some(ops::zeros_dtype(bias.shape(), bias.dtype())?)
+            }
+            (bias, _) => bias,
+        };
         Ok(Self { matrix, bias })
     }
 

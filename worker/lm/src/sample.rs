@@ -1,6 +1,6 @@
 //! Choosing tokens from logits, on the last stage. Each row is computed by itself, so a request's tokens do not depend on its neighbours.
 
-use crate::{error::LmError, ffi};
+use crate::{error::LmError, ffi, group::Group};
 use mlx_cluster_common::{
     ids::SequenceId,
     request::TokenOut,
@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Default)]
 pub struct Sampler {
     sequences: BTreeMap<SequenceId, State>,
+    /// Whose ranks have to agree on the tokens.
+    group: Option<Group>,
 }
 
 #[derive(Debug)]
@@ -68,6 +70,11 @@ pub struct Probabilities {
 }
 
 impl Sampler {
+    /// All ranks draw from the same logits, and take what rank 0 drew: machines may differ in the last bits.
+    pub fn of_group(group: Option<Group>) -> Self {
+        Self { sequences: BTreeMap::new(), group }
+    }
+
     pub fn admit(&mut self, sequence: SequenceId, params: SamplingParams, vocab_size: u32) -> Result<(), LmError> {
         let bias = (!params.logit_bias.is_empty()).then(|| {
             let mut bias = vec![0f32; vocab_size as usize];
@@ -133,6 +140,7 @@ impl Sampler {
             Some(logprobs) if !all_greedy => self.draw(logprobs, &greedy, draws)?,
             _ => greedy,
         };
+        let ids = self.group.as_ref().map_or(Ok(ids.clone()), |group| group.of_first(&ids))?;
         self.remember(&ids, draws)?;
         let probabilities = match (wanted.iter().flatten().max(), &logprobs) {
             (Some(n), Some(logprobs)) => Some(Probabilities::of(logprobs, &ids, *n)?),

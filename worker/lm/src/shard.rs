@@ -77,6 +77,7 @@ impl Shard {
         }
         let exit = last.then(|| Exit::load(&mut weights, spec, embedding.as_ref())).transpose()?;
         let entry = embedding.filter(|_| first).map(|embedding| Entry::load(&mut weights, spec, embedding)).transpose()?;
+        let group = weights.group();
         weights.finish()?;
         let ends = Ends { entry, exit };
         let pieces = Pieces::new(&blocks, &ends, !first && spec.layer_inputs.is_some());
@@ -89,7 +90,7 @@ impl Shard {
             ends,
             pieces: Some(pieces),
             sequences: Sequences::default(),
-            sampler: Sampler::default(),
+            sampler: Sampler::of_group(group),
         })
     }
 

@@ -6,9 +6,10 @@ use mlx_cluster_common::{
     config::parse_json,
     engine::ModelSource,
     spec::ModelSpec,
+    tensor::{check_cover, rank_model},
     weights::{WeightIndex, WeightMap},
 };
-use mlx_cluster_lm::{shard::Shard, weights::Weights};
+use mlx_cluster_lm::{group::Group, shard::Shard, weights::Weights};
 use std::{
     fs::File,
     time::{Duration, Instant},
@@ -28,16 +29,24 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
     let spec = read_spec(&config).map_err(|error| error.to_string())?;
     let (index, map) = read_weight_map(boot, &spec, &text)?;
     let parts = spec.parts_of(boot.spec.layers.clone());
-    let total = map.bytes(&parts);
+    let place = &boot.spec.place;
+    check_cover(&spec, &map, &parts, &place.shares).map_err(|error| error.to_string())?;
+    let rank = rank_model(&spec, &map, place).map_err(|error| error.to_string())?;
+    let total = rank.weights.bytes(&parts);
     let mut last = Instant::now();
-    let weights = Weights::load(folder, &index, &map, &parts, |done| {
+    let weights = Weights::load(folder, &index, &rank.weights, &parts, |done| {
         if last.elapsed() >= PROGRESS_INTERVAL || done == total {
             last = Instant::now();
             progress(done, total);
         }
     });
     let weights = weights.map_err(|error| error.to_string())?;
-    let shard = Shard::new(&spec, boot.spec.layers.clone(), weights, &boot.spec.caches);
+    let group = (!place.is_alone()).then(|| Group::new(place.clone()));
+    let weights = match &group {
+        Some(group) => weights.of_rank(rank.split, group.clone()),
+        None => weights,
+    };
+    let shard = Shard::new(&rank.spec, boot.spec.layers.clone(), weights, &boot.spec.caches);
     let mut shard = shard.map_err(|error| error.to_string())?;
     let alone = alone_on_this_machine();
     let warmed = shard.warm_up();

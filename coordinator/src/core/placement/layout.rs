@@ -73,8 +73,11 @@ impl<'a> Sizes<'a> {
     }
 
     fn rank(&self, rank: u32, shares: &[u32]) -> Costs {
-        let model = rank_model(self.spec, self.map, &TensorPlace { rank, shares: shares.to_vec() });
-        Costs::new(&model.spec, &model.weights, &self.caches)
+        match rank_model(self.spec, self.map, &TensorPlace { rank, shares: shares.to_vec() }) {
+            Ok(model) => Costs::new(&model.spec, &model.weights, &self.caches),
+            // The engine will say why; until then the most that it could need is counted.
+            Err(_) => Costs::new(self.spec, self.map, &self.caches),
+        }
     }
 
     /// Tokens that the caches of every rank can hold; 0 when one does not even hold its weights.

@@ -3,6 +3,7 @@
 use super::{activation, feed_forward::Mlp};
 use crate::{
     error::LmError,
+    group::Group,
     linear::{Experts, Linear},
     parameters::parameters,
     weights::Weights,
@@ -12,6 +13,7 @@ use mlx_cluster_common::spec::{
     RouterSpec,
 };
 use mlx_rs::{Array, Dtype, fast, ops};
+use std::ops::Range;
 
 /// From this many routed rows on, rows are sorted by expert, so that each expert's weights are read once (as in mlx-lm).
 const SORT_FROM: i32 = 64;
@@ -24,6 +26,12 @@ pub(super) struct Moe {
     shared_gate: Option<Linear>,
     into_latent: Option<Linear>,
     out_of_latent: Option<Linear>,
+    /// The experts that are here, when others are on other ranks.
+    members: Option<Range<u32>>,
+    /// Over what the experts' outputs are added up.
+    sum: Option<Group>,
+    /// The shared expert's output is a part of that sum.
+    sums_shared: bool,
 }
 parameters!(Moe: router, experts, shared, shared_gate, into_latent, out_of_latent);
 
@@ -35,8 +43,16 @@ impl Moe {
         let shared_gate = linear(spec.shared.as_ref().and_then(|shared| shared.gate.as_ref()))?;
         let into_latent = linear(spec.latent.as_ref().map(|(into, _)| into))?;
         let out_of_latent = linear(spec.latent.as_ref().map(|(_, out)| out))?;
-        let shared = spec.shared.as_ref().map(|shared| Mlp::load(weights, &shared.mlp, quantization)).transpose()?;
-        Ok(Self { router, experts, shared, shared_gate, into_latent, out_of_latent })
+        let down = &spec.experts.down.path;
+        let (members, sum) = (weights.members(down), weights.sum_over(down));
+        let mut shared = spec.shared.as_ref().map(|shared| Mlp::load(weights, &shared.mlp, quantization)).transpose()?;
+        let mut sums_shared = false;
+        if let (Some(mlp), Some(_), None) = (&shared, &sum, &out_of_latent)
+            && let Some(partial) = mlp.clone().without_sum()
+        {
+            (shared, sums_shared) = (Some(partial), true);
+        }
+        Ok(Self { router, experts, shared, shared_gate, into_latent, out_of_latent, members, sum, sums_shared })
     }
 
     /// `[B, L, D] -> [B, L, D]`
@@ -47,10 +63,20 @@ impl Moe {
     /// The same where the router sees something else than the experts.
     pub(super) fn forward_with_router_input(&self, x: &Array, router_input: &Array) -> Result<Array, LmError> {
         let (indices, scores) = self.router.route(router_input)?;
+        let (indices, scores) = self.here(indices, scores)?;
         let inner = self.into_latent.as_ref().map_or(Ok(x.clone()), |linear| linear.forward(x))?;
         let y = self.experts.forward(&inner, &indices)?;
         let weighted = ops::multiply(&y, scores.expand_dims(-1)?)?.sum_axis(-2, false)?.as_dtype(y.dtype())?;
+        let summed = |y: &Array| self.sum.as_ref().map_or(Ok(y.clone()), |group| group.all_sum(y));
+        if self.sums_shared {
+            return summed(&self.with_shared(weighted, x)?);
+        }
+        let weighted = summed(&weighted)?;
         let routed = self.out_of_latent.as_ref().map_or(Ok(weighted.clone()), |linear| linear.forward(&weighted))?;
+        self.with_shared(routed, x)
+    }
+
+    fn with_shared(&self, routed: Array, x: &Array) -> Result<Array, LmError> {
         let Some(shared) = &self.shared else {
             return Ok(routed);
         };
@@ -59,6 +85,17 @@ impl Moe {
             Some(gate) => ops::add(routed, ops::multiply(ops::sigmoid(gate.forward(x)?)?, shared)?)?,
             None => ops::add(routed, shared)?,
         })
+    }
+
+    /// Indices among the experts that are here; those of other ranks become the first, weighed with zero.
+    fn here(&self, indices: Array, scores: Array) -> Result<(Array, Array), LmError> {
+        let Some(members) = &self.members else {
+            return Ok((indices, scores));
+        };
+        let number = |value: u32| Array::from_int(value as i32).as_dtype(indices.dtype());
+        let is_here = ops::logical_and(ops::ge(&indices, number(members.start)?)?, ops::lt(&indices, number(members.end)?)?)?;
+        let own = ops::select(&is_here, ops::subtract(&indices, number(members.start)?)?, number(0)?)?;
+        Ok((own, ops::select(is_here, &scores, scalar(0.0, &scores)?)?))
     }
 }
 

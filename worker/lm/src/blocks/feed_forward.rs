@@ -105,6 +105,12 @@ impl Mlp {
         Ok(Self { inputs, is_fused, activation: spec.activation, down: load(&spec.down)? })
     }
 
+    /// Leaves the sum over the ranks to the caller; None when there is nothing to sum.
+    pub(super) fn without_sum(self) -> Option<Self> {
+        let down = self.down.without_sum()?;
+        Some(Self { down, ..self })
+    }
+
     pub(super) fn forward(&self, x: &Array) -> Result<Array, LmError> {
         let inner = match self.inputs.as_slice() {
             [gate, up] => activation::gated(self.activation, &gate.forward(x)?, &up.forward(x)?)?,

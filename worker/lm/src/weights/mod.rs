@@ -3,16 +3,22 @@
 mod make;
 mod sources;
 
-use crate::{error::LmError, ffi};
+use crate::{
+    error::LmError,
+    ffi,
+    group::{Group, Vocabulary},
+};
 use make::made;
 use mlx_cluster_common::{
     spec::Part,
+    tensor::{Cut, Split, WideNorm},
     weights::{WeightIndex, WeightMap},
 };
 use mlx_rs::{Array, memory};
 use sources::Sources;
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     path::Path,
 };
 
@@ -20,6 +26,14 @@ use std::{
 #[derive(Debug, Default)]
 pub struct Weights {
     arrays: BTreeMap<String, Array>,
+    rank: Option<RankOf>,
+}
+
+/// What makes a rank's model differ from a smaller one.
+#[derive(Debug)]
+struct RankOf {
+    split: Split,
+    group: Group,
 }
 
 impl Weights {
@@ -56,12 +70,47 @@ impl Weights {
         }
         // Buffers that held what parameters were made of.
         memory::clear_cache()?;
-        Ok(Self { arrays })
+        Ok(Self { arrays, rank: None })
     }
 
     /// For tests and tools that make their own arrays.
     pub fn from_arrays(arrays: impl IntoIterator<Item = (String, Array)>) -> Self {
-        Self { arrays: arrays.into_iter().collect() }
+        Self { arrays: arrays.into_iter().collect(), rank: None }
+    }
+
+    /// Says that these are a rank's, whose blocks add up what they make over its group.
+    pub fn of_rank(self, split: Split, group: Group) -> Self {
+        Self { rank: Some(RankOf { split, group }), ..self }
+    }
+
+    /// None when the stage has one rank.
+    pub fn group(&self) -> Option<Group> {
+        self.rank.as_ref().map(|rank| rank.group.clone())
+    }
+
+    /// Over what the outputs of a linear or of experts are to be added up.
+    pub fn sum_over(&self, path: &str) -> Option<Group> {
+        self.rank.as_ref().filter(|rank| rank.split.sums.contains(path)).map(|rank| rank.group.clone())
+    }
+
+    /// Where the rows of a table or head are, when they are on several ranks.
+    pub fn vocabulary(&self, path: &str) -> Option<Vocabulary> {
+        let rank = self.rank.as_ref()?;
+        Some(Vocabulary::new(rank.group.clone(), rank.split.vocabularies.get(path)?))
+    }
+
+    /// A norm that goes over several ranks.
+    pub fn wide_norm(&self, path: &str) -> Option<(WideNorm, Group)> {
+        let rank = self.rank.as_ref()?;
+        Some((rank.split.wide_norms.get(path)?.clone(), rank.group.clone()))
+    }
+
+    /// The members of a stack that are here, when others are on other ranks.
+    pub fn members(&self, path: &str) -> Option<Range<u32>> {
+        match self.rank.as_ref()?.split.cuts.get(path)? {
+            Cut::Member(range) => Some(range.clone()),
+            Cut::Output(_) | Cut::Input(_) => None,
+        }
     }
 
     pub fn has(&self, name: &str) -> bool {
