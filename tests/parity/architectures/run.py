@@ -35,6 +35,8 @@ from report import Report
 # Nats; f32 against f32 on the same kernels.
 TOLERANCE = 2e-3
 NEW_TOKENS, CHUNKS = 6, 8
+# Tensor-parallel groups that every model is split over: equal, unequal, and more ranks than some blocks have heads.
+SHARES = [[1, 1], [2, 1], [1, 1, 1]]
 SCHEMES = {
     "f32": None, "published": None, **{f"affine{bits}": {"group_size": 32, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -137,7 +139,9 @@ def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> st
     else:
         wanted = reference(folder, prompts[0], row.chunks_matter)
     layouts = [[]] if scheme == "published" else [[], *map(list, row.cuts)]
-    whole, *split = ask(folder, prompts, layouts)
+    shares = SHARES[:1] if scheme == "published" else SHARES
+    whole, *others = ask(folder, prompts, layouts, {"shares": shares})
+    split, groups = others[: len(layouts) - 1], others[len(layouts) - 1 :]
     found = Findings()
     found.note("mlx-lm", distance(whole["alone"][0], wanted))
     found.note("chunks", distance(whole["chunked"], wanted))
@@ -152,6 +156,12 @@ def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> st
             for ours, theirs in zip(other[kind], whole[kind]):
                 found.note("split", distance(ours, as_wanted(theirs, [1.0] * NEW_TOKENS)))
         found.note("split", distance(other["chunked"], as_wanted(whole["chunked"], [1.0] * NEW_TOKENS)))
+    for group in groups:
+        name = "tensor " + ":".join(map(str, group["shares"]))
+        found.note(name, max(distance(group["alone"][0], wanted), distance(group["chunked"], wanted)))
+        for kind in ("alone", "batched", "unscored"):
+            for ours, theirs in zip(group[kind], whole[kind]):
+                found.note(name, distance(ours, as_wanted(theirs, loose)))
     if verbose:
         print("   ", ", ".join(f"{what} {value:.2g}" for what, value in found.worst.items()))
     return found.fault({"split"})
