@@ -3,11 +3,13 @@
 
 mod layouts;
 mod recipe;
+mod select;
 mod symbolic;
 mod tensors;
 
 pub use layouts::LatentUpProjection;
-pub use recipe::{Affine, QuantisedPiece, Recipe};
+pub use recipe::{Affine, QuantisedPiece, Recipe, SourceTensor};
+pub use select::Span;
 pub use symbolic::{QuantisedTensors, SymbolicTensor};
 pub use tensors::{Tensors, layer_of};
 

@@ -1,12 +1,13 @@
 //! How a tensor that a block asks for is made of tensors of a checkpoint, as data: planned with here, evaluated by an engine.
 
 use crate::dtype::DType;
+use std::sync::Arc;
 
 /// An expression over tensors of a checkpoint. Shapes and types follow MLX; [`super::SymbolicTensor`] checks them when it is made.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Recipe {
     /// A tensor as it is in the file.
-    Tensor(String),
+    Tensor(Arc<SourceTensor>),
     /// Equal shapes along a new first axis.
     Stack(Vec<Recipe>),
     Concatenate {
@@ -77,6 +78,14 @@ pub enum Recipe {
     },
 }
 
+/// A tensor of the checkpoint, as its header says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceTensor {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Vec<u64>,
+}
+
 /// Groups of `group_size` numbers along the last axis, `bits` each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Affine {
@@ -99,9 +108,27 @@ impl Recipe {
         sources
     }
 
+    /// Whether this is part of a tensor of the checkpoint: slices of it, and nothing else.
+    pub fn is_box(&self) -> bool {
+        match self {
+            Recipe::Tensor(_) => true,
+            Recipe::Slice { of, .. } => of.is_box(),
+            _ => false,
+        }
+    }
+
+    /// Whether this puts parts of tensors of the checkpoint side by side, so that they can be read to where they belong.
+    pub fn is_gathered(&self) -> bool {
+        match self {
+            Recipe::Stack(of) | Recipe::Concatenate { of, .. } => of.iter().all(Recipe::is_gathered),
+            Recipe::View { of, .. } => of.is_gathered(),
+            _ => self.is_box(),
+        }
+    }
+
     fn visit<'a>(&'a self, found: &mut impl FnMut(&'a str)) {
         match self {
-            Recipe::Tensor(name) => found(name),
+            Recipe::Tensor(source) => found(&source.name),
             Recipe::Stack(of) | Recipe::Concatenate { of, .. } => of.iter().for_each(|recipe| recipe.visit(found)),
             Recipe::Slice { of, .. }
             | Recipe::Reshape { of, .. }

@@ -2,9 +2,11 @@
 
 use super::{
     PublishedError,
-    recipe::{Affine, QuantisedPiece, Recipe},
+    recipe::{Affine, QuantisedPiece, Recipe, SourceTensor},
+    select::Span,
 };
 use crate::dtype::DType;
+use std::sync::Arc;
 
 /// Bytes that one element takes in the f32 steps of a conversion: the product and its factor.
 const F32_STEP_BYTES: u64 = 8;
@@ -14,7 +16,7 @@ pub struct SymbolicTensor {
     pub recipe: Recipe,
     pub dtype: DType,
     pub shape: Vec<u64>,
-    /// Bytes that are in memory beside the tensor itself while it is made; none for a tensor that is taken as it is.
+    /// Bytes that are in memory beside the tensor itself while it is made; none for what is read to where it belongs.
     pub transient_bytes: u64,
 }
 
@@ -29,7 +31,11 @@ pub struct QuantisedTensors {
 /// Axes are counted from the front, or from -1 at the end.
 impl SymbolicTensor {
     pub fn of_checkpoint(name: &str, dtype: DType, shape: Vec<u64>) -> Self {
-        Self { recipe: Recipe::Tensor(name.to_owned()), dtype, shape, transient_bytes: 0 }
+        Self::of_source(Arc::new(SourceTensor { name: name.to_owned(), dtype, shape }))
+    }
+
+    pub(super) fn of_source(source: Arc<SourceTensor>) -> Self {
+        Self { dtype: source.dtype, shape: source.shape.clone(), recipe: Recipe::Tensor(source), transient_bytes: 0 }
     }
 
     pub fn bytes(&self) -> u64 {
@@ -41,13 +47,13 @@ impl SymbolicTensor {
         self.axis(axis).ok().and_then(|axis| self.shape.get(axis)).copied().unwrap_or(1)
     }
 
-    /// Equal tensors along a new first axis. They are made one after the other, each is there beside the stack for its time.
+    /// Equal tensors along a new first axis. They are made one after the other; one that is computed is there beside the stack for its time.
     pub fn stack(tensors: Vec<SymbolicTensor>) -> Result<Self, PublishedError> {
         let (dtype, shape) = common(&tensors, |first, other| first.shape == other.shape, "stacked with one")?;
         let shape = std::iter::once(tensors.len() as u64).chain(shape).collect();
         let transient_bytes = tensors.iter().map(|tensor| tensor.bytes() + tensor.transient_bytes).max().unwrap_or(0);
         let recipe = Recipe::Stack(tensors.into_iter().map(|tensor| tensor.recipe).collect());
-        Ok(Self { recipe, dtype, shape, transient_bytes })
+        Ok(Self { transient_bytes: if recipe.is_gathered() { 0 } else { transient_bytes }, recipe, dtype, shape })
     }
 
     pub fn concatenate(tensors: Vec<SymbolicTensor>, axis: i32) -> Result<Self, PublishedError> {
@@ -61,7 +67,7 @@ impl SymbolicTensor {
         shape[along] = tensors.iter().map(|tensor| tensor.shape[along]).sum();
         let transient_bytes = tensors.iter().map(|tensor| tensor.bytes() + tensor.transient_bytes).sum();
         let recipe = Recipe::Concatenate { of: tensors.into_iter().map(|tensor| tensor.recipe).collect(), axis: along };
-        Ok(Self { recipe, dtype, shape, transient_bytes })
+        Ok(Self { transient_bytes: if recipe.is_gathered() { 0 } else { transient_bytes }, recipe, dtype, shape })
     }
 
     /// Entries `start..stop` of an axis.
@@ -80,12 +86,7 @@ impl SymbolicTensor {
         if start >= stop || stop > self.shape[along] || step == 0 {
             return Err(self.cannot(format!("sliced {start}..{stop} by {step} along axis {along}")));
         }
-        let mut shape = self.shape.clone();
-        shape[along] = (stop - start).div_ceil(step);
-        if shape == self.shape {
-            return Ok(self);
-        }
-        Ok(self.then(shape, |of| Recipe::Slice { of, axis: along, start, stop, step }))
+        self.select_spans(along, &[Span::new(start, stop, step)])
     }
 
     /// Pieces of these lengths, which have to make up the axis.
@@ -217,9 +218,12 @@ impl SymbolicTensor {
         })
     }
 
-    fn then(self, shape: Vec<u64>, recipe: impl FnOnce(Box<Recipe>) -> Recipe) -> Self {
-        let transient_bytes = self.bytes() + self.transient_bytes;
-        Self { recipe: recipe(Box::new(self.recipe)), dtype: self.dtype, shape, transient_bytes }
+    pub(super) fn then(self, shape: Vec<u64>, recipe: impl FnOnce(Box<Recipe>) -> Recipe) -> Self {
+        let (operand_bytes, operand_is_gathered) = (self.bytes() + self.transient_bytes, self.recipe.is_gathered());
+        let recipe = recipe(Box::new(self.recipe));
+        // A reshape of what lies in rows moves nothing.
+        let moves_nothing = recipe.is_gathered() || (matches!(recipe, Recipe::Reshape { .. }) && operand_is_gathered);
+        Self { transient_bytes: if moves_nothing { 0 } else { operand_bytes }, recipe, dtype: self.dtype, shape }
     }
 
     fn elements(&self) -> u64 {

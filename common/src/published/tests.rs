@@ -80,9 +80,14 @@ fn what_mlx_would_refuse_is_refused_by_name() {
 #[test]
 fn what_is_held_while_a_tensor_is_made() {
     assert_eq!(float(&[6, 4]).transient_bytes, 0);
-    assert_eq!(float(&[6, 4]).slice(0, 0, 3).expect("valid").transient_bytes, 48);
+    // What lies in the file is read to its place; what is computed is there beside it.
+    assert_eq!(float(&[6, 4]).slice(0, 0, 3).expect("valid").transient_bytes, 0);
     let stack = SymbolicTensor::stack(vec![float(&[6, 4]); 3]).expect("valid");
-    assert_eq!((stack.bytes(), stack.transient_bytes), (144, 48));
+    assert_eq!((stack.bytes(), stack.transient_bytes), (144, 0));
+    assert_eq!(stack.reshape(&[18, 4]).expect("valid").transient_bytes, 0);
+    let scaled = float(&[6, 4]).scale(2.0).expect("valid");
+    assert_eq!(scaled.transient_bytes, 48);
+    assert_eq!(SymbolicTensor::stack(vec![scaled; 3]).expect("valid").transient_bytes, 96);
 }
 
 #[test]

@@ -155,14 +155,7 @@ impl<'a> Assignment<'a> {
         }
         self.used.insert(name.clone());
         self.used_sources.extend(tensor.recipe.sources().into_iter().map(str::to_owned));
-        Ok(Parameter {
-            name,
-            recipe: tensor.recipe.clone(),
-            dtype: tensor.dtype,
-            shape: tensor.shape.clone(),
-            bytes: tensor.bytes(),
-            transient_bytes: tensor.transient_bytes,
-        })
+        Ok(Parameter::new(name, tensor.clone()))
     }
 
     fn missing(&self, name: String) -> WeightError {

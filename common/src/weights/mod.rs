@@ -6,11 +6,14 @@ mod assign;
 
 use crate::{
     dtype::DType,
-    published::{PublishedError, Recipe},
+    published::{PublishedError, Recipe, SymbolicTensor},
     spec::{ModelSpec, Part},
 };
 use assign::Assignment;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// The tensors of a model as its safetensors headers list them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -72,6 +75,20 @@ pub enum WeightError {
 }
 
 impl Parameter {
+    pub fn new(name: String, tensor: SymbolicTensor) -> Self {
+        let bytes = tensor.bytes();
+        let SymbolicTensor { recipe, dtype, shape, transient_bytes } = tensor;
+        Self { name, recipe, dtype, shape, bytes, transient_bytes }
+    }
+
+    /// The entries of these ranges of an axis, one range after the other; they may come in any order, and repeat. No more is read, or made,
+    /// than these entries need, wherever that changes no bit: quantised rows are cut at groups, for one, and what is left over is cut off
+    /// when it is made. An error for no entries, or entries that are not there.
+    pub fn select(self, axis: usize, ranges: &[Range<u64>]) -> Result<Self, PublishedError> {
+        let Self { name, recipe, dtype, shape, transient_bytes, .. } = self;
+        Ok(Self::new(name, SymbolicTensor { recipe, dtype, shape, transient_bytes }.select(axis, ranges)?))
+    }
+
     /// The tensors of the checkpoint that this is made of, one entry for each time that one is used.
     pub fn sources(&self) -> Vec<&str> {
         self.recipe.sources()

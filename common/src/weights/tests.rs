@@ -66,7 +66,7 @@ fn every_tensor_is_used_once_and_experts_are_stacked() {
         assert_eq!(map.bytes(&spec.parts()), total);
         let name = "model.layers.1.block_sparse_moe.switch_mlp.gate_proj.weight";
         let gate = map.parts[&Part::Layer(1)].iter().find(|parameter| parameter.name == name).expect("stacked");
-        assert_eq!((gate.sources().len(), gate.shape[0], gate.transient_bytes), (3, 3, gate.bytes / 3));
+        assert_eq!((gate.sources().len(), gate.shape[0], gate.transient_bytes), (3, 3, 0));
         assert_eq!(map.bytes(&spec.parts_of(0..1)) + map.bytes(&spec.parts_of(1..2)), total);
     }
 }
@@ -80,7 +80,13 @@ fn canonical_names_make_the_same_parameters() {
     let canonical = WeightMap::assign(&spec, &index).expect("complete");
     let listed = |map: &WeightMap| map.parts.values().flatten().map(|p| (p.name.clone(), p.dtype, p.shape.clone())).collect::<Vec<_>>();
     assert_eq!(listed(&map), listed(&canonical));
-    assert!(canonical.parts.values().flatten().all(|parameter| parameter.recipe == Recipe::Tensor(parameter.name.clone())));
+    assert!(
+        canonical
+            .parts
+            .values()
+            .flatten()
+            .all(|parameter| matches!(&parameter.recipe, Recipe::Tensor(source) if source.name == parameter.name))
+    );
 }
 
 #[test]

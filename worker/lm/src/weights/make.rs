@@ -12,7 +12,7 @@ use mlx_rs::{
 /// Evaluated, so that the bytes are read now, and row-major in a buffer of its own, so that what it was made of can go.
 pub(super) fn made<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
     let array = match recipe {
-        Recipe::Tensor(name) => sources.take(name)?,
+        Recipe::Tensor(source) => sources.take(&source.name)?,
         _ => graph(recipe, sources)?.contiguous()?,
     };
     transforms::eval([&array])?;
@@ -21,7 +21,7 @@ pub(super) fn made<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<
 
 fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
     Ok(match recipe {
-        Recipe::Tensor(name) => sources.take(name)?,
+        Recipe::Tensor(source) => sources.take(&source.name)?,
         Recipe::Stack(of) => stack(of, sources)?,
         Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, sources)?, small(*axis as u64)?)?,
         Recipe::Slice { of, axis, start, stop, step } => {
