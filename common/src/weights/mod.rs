@@ -93,21 +93,6 @@ impl Parameter {
     pub fn sources(&self) -> Vec<&str> {
         self.recipe.sources()
     }
-
-    /// The parameter restricted to these entries of an axis, in this order.
-    pub fn select(mut self, axis: usize, ranges: &[std::ops::Range<u64>]) -> Result<Self, PublishedError> {
-        let whole = self.shape.get(axis).copied().unwrap_or(1);
-        let of = std::mem::replace(&mut self.recipe, Recipe::Stack(Vec::new()));
-        let slice =
-            |range: &std::ops::Range<u64>| Recipe::Slice { of: Box::new(of.clone()), axis, start: range.start, stop: range.end, step: 1 };
-        let slices: Vec<_> = ranges.iter().map(slice).collect();
-        let length: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-        self.transient_bytes += self.bytes;
-        self.bytes = self.bytes / whole * length;
-        self.shape[axis] = length;
-        self.recipe = Recipe::Concatenate { of: slices, axis };
-        Ok(self)
-    }
 }
 
 impl WeightMap {
