@@ -117,3 +117,6 @@ impl RankModel {
         weights.iter().filter(|weight| is_one(weight.path())).count()
     }
 }
+
+#[cfg(test)]
+mod tests;
