@@ -264,7 +264,9 @@ impl Driver {
     /// An event, where an effect fails at once.
     fn carry_out(&mut self, effect: Effect) -> Option<Event> {
         match effect {
-            Effect::SetDesired { node, version, engines } => self.links.set_desired(&node, Desired { version, engines }),
+            Effect::SetDesired { node, version, engines, neighbours } => {
+                self.links.set_desired(&node, Desired { version, engines, neighbours });
+            }
             Effect::Link { epoch, engine, name, addresses, link } => {
                 tracing::debug!(%epoch, engine, name, ?addresses, "link");
                 self.links.link(LinkCall { epoch, engine, name, addresses, link });

@@ -50,6 +50,7 @@ impl Coordinator {
         let (joined, joined_out) = mpsc::channel(16);
         let (found, found_out) = mpsc::channel(16);
         let empty = ClusterStatus {
+            links: Vec::new(),
             cluster: settings.cluster.clone(),
             instance: InstanceState::Idle,
             plan: None,

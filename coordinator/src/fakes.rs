@@ -135,6 +135,13 @@ impl Drop for Process {
     }
 }
 
+#[derive(Debug, Clone, Default)]
+struct Snapshot {
+    version: u64,
+    engines: Vec<wire::EngineStatus>,
+    links: Vec<wire::LinkFacts>,
+}
+
 /// The state of a fake worker, shared with its service.
 pub(crate) struct FakeWorker {
     hello: Hello,
@@ -142,7 +149,7 @@ pub(crate) struct FakeWorker {
     /// What the newest engine was told.
     pub(crate) told: Arc<Mutex<Told>>,
     processes: tokio::sync::Mutex<BTreeMap<String, Process>>,
-    observed: watch::Sender<(u64, Vec<wire::EngineStatus>)>,
+    observed: watch::Sender<Snapshot>,
 }
 
 #[derive(Clone)]
@@ -157,7 +164,7 @@ impl FakeWorker {
             address,
             told: Arc::default(),
             processes: tokio::sync::Mutex::default(),
-            observed: watch::Sender::new((0, Vec::new())),
+            observed: watch::Sender::new(Snapshot::default()),
         });
         let service = WorkerServer::new(Service(Arc::clone(&worker)));
         tokio::spawn(net::server().add_service(service).serve_with_incoming(net::incoming(listener)));
@@ -188,10 +195,11 @@ impl FakeWorker {
 
     fn tell(&self, id: &str, state: State) {
         let status = wire::EngineStatus { id: id.to_owned(), state: Some(state) };
-        self.observed.send_modify(|(_, engines)| *engines = vec![status]);
+        self.observed.send_modify(|snapshot| snapshot.engines = vec![status]);
     }
 
-    async fn want(&self, version: u64, engines: Vec<wire::EngineSpec>) {
+    async fn want(&self, desired: wire::Desired) {
+        let wire::Desired { version, engines, neighbours, .. } = desired;
         let mut processes = self.processes.lock().await;
         processes.retain(|id, _| engines.iter().any(|spec| spec.id == *id));
         for spec in engines {
@@ -200,12 +208,20 @@ impl FakeWorker {
             }
         }
         let status = |(id, process): (&String, &Process)| wire::EngineStatus { id: id.clone(), state: Some(ready(process)) };
-        self.observed.send_replace((version, processes.iter().map(status).collect()));
+        let links = neighbours.into_iter().map(measured).collect();
+        self.observed.send_replace(Snapshot { version, engines: processes.iter().map(status).collect(), links });
     }
 
     pub(crate) async fn engines(&self) -> usize {
         self.processes.lock().await.len()
     }
+}
+
+/// As if this neighbour had been measured.
+fn measured(neighbour: wire::Peer) -> wire::LinkFacts {
+    let medium = wire::Medium::Loopback.into();
+    let (address, interface) = ("127.0.0.1".into(), "lo".into());
+    wire::LinkFacts { to: neighbour.node, interface, medium, address, round_trip_seconds: 1e-4, bytes_per_second: 1e9 }
 }
 
 fn ready(process: &Process) -> State {
@@ -215,6 +231,11 @@ fn ready(process: &Process) -> State {
 #[tonic::async_trait]
 impl Worker for Service {
     type SuperviseStream = Outbound<wire::Observed>;
+    type ProbeStream = Outbound<wire::ProbeEcho>;
+
+    async fn probe(&self, _: Request<Streaming<wire::ProbeFrame>>) -> Result<Response<Self::ProbeStream>, Status> {
+        Err(Status::unimplemented("a fake"))
+    }
 
     async fn supervise(&self, request: Request<Streaming<wire::Desired>>) -> Result<Response<Outbound<wire::Observed>>, Status> {
         let mut inbound = request.into_inner();
@@ -224,14 +245,14 @@ impl Worker for Service {
         tokio::spawn(async move {
             let mut hello = Some(worker.hello.clone());
             loop {
-                let (version, engines) = changes.borrow_and_update().clone();
+                let Snapshot { version, engines, links } = changes.borrow_and_update().clone();
                 let facts = wire::NodeFacts {
                     usable_memory_bytes: 4_000_000_000,
                     total_memory_bytes: 4_000_000_000,
                     addresses: vec![worker.address.to_string()],
                     ..Default::default()
                 };
-                let observed = wire::Observed { hello: hello.take(), facts: Some(facts), version, engines };
+                let observed = wire::Observed { hello: hello.take(), facts: Some(facts), version, engines, links };
                 if outbound.send(Ok(observed)).await.is_err() {
                     return;
                 }
@@ -241,7 +262,7 @@ impl Worker for Service {
                 };
                 let Some(Ok(desired)) = desired else { return };
                 if desired.version > 0 {
-                    worker.want(desired.version, desired.engines).await;
+                    worker.want(desired).await;
                 }
             }
         });

@@ -101,7 +101,7 @@ async fn discover(cluster: &ClusterName, wait: Duration) -> Result<Vec<NodeFacts
             Err(_) => break,
             Ok((Some(Found::Worker(peer)), _)) => links.seen(peer),
             Ok((_, Some(Note::Event(crate::core::event::Event::WorkerUp { facts, .. })))) => {
-                nodes.insert(facts.id.clone(), facts);
+                nodes.insert(facts.id.clone(), *facts);
             }
             Ok((_, Some(Note::Held { message, .. }))) => cause = message,
             Ok(_) => {}

@@ -227,6 +227,7 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
 
 fn starting(options: &CoordinatorOptions) -> ClusterStatus {
     ClusterStatus {
+        links: Vec::new(),
         cluster: options.cluster.0.clone(),
         instance: InstanceState::WaitingForWorkers { found: 0, wanted: options.min_workers },
         plan: None,

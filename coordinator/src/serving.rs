@@ -3,6 +3,7 @@
 use crate::chat::{template::ChatTemplate, tokenizer::ChatTokenizer};
 use mlx_cluster_common::{
     engine::{EngineState, NodeFacts},
+    links::LinkFacts,
     plan::Plan,
     request::{EngineLoad, FinishReason, TokenOut},
     sampling::SamplingParams,
@@ -70,6 +71,8 @@ pub struct ClusterStatus {
     pub instance: InstanceState,
     pub plan: Option<Plan>,
     pub workers: Vec<WorkerStatus>,
+    /// What was measured between the workers.
+    pub links: Vec<LinkFacts>,
     pub load: EngineLoad,
     /// host:port that a `worker --join` can use.
     pub join_addresses: Vec<String>,

@@ -1,6 +1,7 @@
 //! The wire between nodes: protobuf messages, their conversions to and from the nouns, and the one place where connections are made.
 
 pub mod convert;
+mod links;
 pub mod net;
 
 /// The generated messages, clients and servers.

@@ -6,6 +6,8 @@ use axum::{Json, extract::State};
 use mlx_cluster_common::{
     VERSION,
     engine::EngineState,
+    ids::NodeId,
+    links::{LinkFacts, best_first},
     plan::{Rank, Stage},
 };
 use serde_json::{Value, json};
@@ -13,7 +15,7 @@ use std::sync::Arc;
 
 pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
     let status = api.status();
-    let ClusterStatus { cluster, instance, plan, workers, load, join_addresses } = &*status;
+    let ClusterStatus { cluster, instance, plan, workers, links, load, join_addresses } = &*status;
     let model = api.served_model().map(
         |model| json!({"id": model.id, "context_tokens": model.context_tokens, "vocab_size": model.vocab_size, "created": model.created}),
     );
@@ -34,6 +36,7 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
             "text": plan.to_string(),
         })),
         "workers": workers.iter().map(|worker| worker_json(worker, stages)).collect::<Vec<_>>(),
+        "links": links_json(links, workers),
         "load": {
             "running": load.running,
             "waiting": load.waiting,
@@ -95,6 +98,30 @@ fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
         "first_layer": stage.map(|stage| stage.layers.start),
         "last_layer": stage.map(|stage| stage.layers.end.saturating_sub(1)),
         "engine": worker.engine.as_ref().map(engine_json),
+    })
+}
+
+/// Pair by pair, the way that is taken first.
+fn links_json(links: &[LinkFacts], workers: &[WorkerStatus]) -> Vec<Value> {
+    let ids = || workers.iter().map(|worker| &worker.facts.id);
+    let pairs = ids().flat_map(|from| ids().map(move |to| (from, to)));
+    let ways = pairs.flat_map(|(from, to)| best_first(links, from, to).into_iter().enumerate());
+    ways.map(|(place, link)| link_json(link, place == 0, workers)).collect()
+}
+
+fn link_json(link: &LinkFacts, is_chosen: bool, workers: &[WorkerStatus]) -> Value {
+    let name = |node: &NodeId| workers.iter().find(|worker| worker.facts.id == *node).map(|worker| &worker.facts.name);
+    json!({
+        "from": name(&link.from),
+        "from_id": link.from,
+        "to": name(&link.to),
+        "to_id": link.to,
+        "address": link.address,
+        "interface": link.interface,
+        "medium": link.medium,
+        "round_trip_seconds": link.round_trip_seconds,
+        "bytes_per_second": link.bytes_per_second,
+        "chosen": is_chosen,
     })
 }
 

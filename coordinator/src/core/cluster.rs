@@ -3,15 +3,15 @@
 use super::{
     Now,
     deployment::{Blame, Deployment},
-    event::{ClusterFailure, Effect, Event, Settings},
+    event::{ClusterFailure, Effect, Event, Settings, Snapshot},
     life_cycle::{ATTRIBUTION, LOAD_STALL},
-    members::{Members, Wanted},
+    members::{Desired, Members, Wanted},
     placement::WhyNot,
     requests::Requests,
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
-    engine::{EngineState, EngineStatus},
+    engine::EngineState,
     ids::{EngineId, Epoch, NodeId, SequenceId},
     request::{Delivery, EngineLoad, SessionCommand, Submission},
 };
@@ -134,18 +134,24 @@ impl Cluster {
             Event::Submitted { sequence, request } => return self.submitted(sequence, request, now, effects),
             Event::Abandoned { sequence } => return self.abandoned(sequence, effects),
             Event::Tick => return,
-            Event::WorkerUp { facts, reached, version, engines } => {
+            Event::WorkerUp { facts, reached, snapshot } => {
                 let node = facts.id.clone();
                 let old = self.members.get(&node).map(|member| member.engines.clone()).unwrap_or_default();
-                let wanted = self.members.up(facts, reached, now);
-                effects.push(wanted.into());
-                self.observed(&node, old, version, engines, now);
+                self.members.up(*facts, reached, now);
+                self.send_desired(effects);
+                self.observed(&node, old, snapshot, now);
             }
-            Event::WorkerObserved { node, version, engines } => {
+            Event::WorkerObserved { node, addresses, snapshot } => {
                 let Some(old) = self.members.get(&node).map(|member| member.engines.clone()) else { return };
-                self.observed(&node, old, version, engines, now);
+                if self.members.moved(&node, addresses) {
+                    self.send_desired(effects);
+                }
+                self.observed(&node, old, snapshot, now);
             }
-            Event::WorkerDown { node, cause } => self.members.down(&node, cause, now),
+            Event::WorkerDown { node, cause } => {
+                self.members.down(&node, cause, now);
+                self.send_desired(effects);
+            }
             Event::Linked { epoch, engine, result } => self.linked(epoch, engine, result, now, effects),
             Event::SessionOpened { epoch } => self.session_opened(epoch),
             Event::SessionBroken { epoch, node, message } => self.session_broken(epoch, node, message, now, effects),
@@ -155,8 +161,8 @@ impl Cluster {
     }
 
     /// `old` is what the worker's engines were before.
-    fn observed(&mut self, node: &NodeId, old: BTreeMap<EngineId, EngineState>, version: u64, engines: Vec<EngineStatus>, now: Now) {
-        self.members.observed(node, version, engines);
+    fn observed(&mut self, node: &NodeId, old: BTreeMap<EngineId, EngineState>, snapshot: Snapshot, now: Now) {
+        self.members.observed(node, snapshot);
         let Some(deployment) = &mut self.deployment else { return };
         let Some(id) = deployment.engine_on(node).map(|engine| engine.id.clone()) else { return };
         let new = self.members.get(node).and_then(|member| member.engines.get(&id));
@@ -274,7 +280,7 @@ impl Cluster {
         effects.extend(self.requests.take_all().into_iter().map(|sequence| failed(sequence, failure.clone())));
     }
 
-    /// Has every worker run its engine of the deployment, or nothing.
+    /// Has every worker run its engine of the deployment, or nothing, and know all others.
     pub(super) fn send_desired(&mut self, effects: &mut Vec<Effect>) {
         let deployment = self.deployment.as_ref();
         let changed = self.members.want(|node| deployment.and_then(|deployment| deployment.engine_on(node)).cloned());
@@ -288,6 +294,7 @@ fn failed(sequence: SequenceId, failure: RequestFailure) -> Effect {
 
 impl From<Wanted> for Effect {
     fn from(wanted: Wanted) -> Self {
-        Effect::SetDesired { node: wanted.node, version: wanted.version, engines: wanted.engines }
+        let Desired { engines, neighbours } = wanted.desired;
+        Effect::SetDesired { node: wanted.node, version: wanted.version, engines, neighbours }
     }
 }

@@ -166,3 +166,46 @@ fn draining_finishes_what_runs() {
     assert_eq!(world.ends_of(running), [&RequestEvent::Finished(FinishReason::Length)]);
     assert_eq!(world.ended, Some(None));
 }
+
+#[test]
+fn engines_are_told_the_better_of_two_ways_first() {
+    let world = World::ready(2, Strategy::Pipeline, 5);
+    assert_eq!(world.told.len(), 2);
+    for addresses in world.told.values() {
+        assert!(addresses.len() == 2 && addresses[0].starts_with("10.1.") && addresses[1].starts_with("10.0."), "{addresses:?}");
+    }
+    let links = world.cluster.status(&[]).links;
+    assert_eq!(links.len(), 4, "two ways in each direction");
+}
+
+#[test]
+fn a_plan_waits_for_measurements_but_not_for_long() {
+    let start = |measures: bool| {
+        let mut world = World::new(settings(2, Strategy::Pipeline), 6);
+        world.measures = measures;
+        ["w0", "w1"].into_iter().for_each(|name| world.worker_up(name));
+        world
+    };
+    let mut measured = start(true);
+    measured.run(ms(1000));
+    assert_eq!(measured.plans.len(), 1);
+    let mut unmeasured = start(false);
+    unmeasured.run(ms(1900));
+    assert_eq!(unmeasured.plans.len(), 0);
+    unmeasured.run(ms(200));
+    assert_eq!(unmeasured.plans.len(), 1);
+    unmeasured.run(ms(5000));
+    assert!(unmeasured.state() == InstanceState::Ready && unmeasured.told[&0][0].starts_with("10.0."), "as the worker names them");
+}
+
+#[test]
+fn a_worker_that_leaves_takes_its_ways_with_it() {
+    let mut world = World::ready(3, Strategy::Pipeline, 7);
+    assert_eq!(world.cluster.status(&[]).links.len(), 12);
+    world.worker_down("w2", true);
+    world.run(ms(1000));
+    assert_eq!(world.cluster.status(&[]).links.len(), 4);
+    world.worker_up("w2");
+    world.run(ms(1000));
+    assert_eq!(world.cluster.status(&[]).links.len(), 12);
+}

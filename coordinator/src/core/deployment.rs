@@ -4,6 +4,7 @@ use super::{Now, addresses, event::ServedFacts, members::Members};
 use mlx_cluster_common::{
     engine::{EngineSpec, EngineState, GroupLink, Link, Peer},
     ids::{EngineId, Epoch, NodeId},
+    links::LinkFacts,
     plan::{Collective, Plan, Rank},
     tensor::TensorPlace,
 };
@@ -200,7 +201,7 @@ impl Deployment {
     /// What to tell each engine so that they form a chain of groups in this epoch; None unless all serve.
     pub(super) fn link(&mut self, members: &Members, epoch: Epoch) -> Option<Vec<(u32, Vec<String>, Link)>> {
         let serving = self.numbers().map(|engine| self.serving(members, engine)).collect::<Option<Vec<_>>>()?;
-        let wiring = Wiring { deployment: self, members, serving: &serving };
+        let wiring = Wiring { deployment: self, members, serving: &serving, links: members.links() };
         let links = self.numbers().map(|engine| {
             let member = members.get(&self.rank(engine)?.node)?;
             let addresses = addresses::from_coordinator(&member.reached, &member.facts, serving.get(engine as usize)?.port);
@@ -232,6 +233,7 @@ struct Wiring<'a> {
     deployment: &'a Deployment,
     members: &'a Members,
     serving: &'a [Serving],
+    links: Vec<LinkFacts>,
 }
 
 impl Wiring<'_> {
@@ -274,6 +276,6 @@ impl Wiring<'_> {
     fn addresses(&self, from: u32, to: u32, port: u32) -> Option<Vec<String>> {
         let member = |engine: u32| self.members.get(&self.deployment.rank(engine)?.node);
         let (from, to) = (member(from)?, member(to)?);
-        Some(addresses::between(&from.facts, &to.facts, &to.reached, port))
+        Some(addresses::between(&from.facts, &to.facts, &to.reached, port, &self.links))
     }
 }

@@ -4,8 +4,9 @@ use super::placement::WhyNot;
 use crate::serving::{Admitted, RequestEvent};
 use mlx_cluster_common::{
     cache::CacheOptions,
-    engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts},
+    engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts, Peer},
     ids::{Epoch, NodeId, SequenceId},
+    links::LinkFacts,
     plan::{Plan, Strategy, ToldStage},
     request::{Delivery, SessionCommand},
     spec::ModelSpec,
@@ -50,20 +51,29 @@ impl Settings {
     }
 }
 
+/// What a worker says is the case.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// The version of the wanted state that this is about.
+    pub version: u64,
+    pub engines: Vec<EngineStatus>,
+    /// What it measured to its neighbours.
+    pub links: Vec<LinkFacts>,
+}
+
 #[derive(Debug)]
 pub enum Event {
     /// A worker's stream stands and it sent its first snapshot. `reached` is the address under which it answered.
     WorkerUp {
-        facts: NodeFacts,
+        facts: Box<NodeFacts>,
         reached: String,
-        version: u64,
-        engines: Vec<EngineStatus>,
+        snapshot: Snapshot,
     },
-    /// A whole snapshot of its engines, about the wanted state of this version.
+    /// `addresses` are where it is now.
     WorkerObserved {
         node: NodeId,
-        version: u64,
-        engines: Vec<EngineStatus>,
+        addresses: Vec<String>,
+        snapshot: Snapshot,
     },
     /// Its stream is gone.
     WorkerDown {
@@ -109,6 +119,7 @@ pub enum Effect {
         node: NodeId,
         version: u64,
         engines: Vec<EngineSpec>,
+        neighbours: Vec<Peer>,
     },
     /// Tell an engine (by its number) its epoch and its neighbours; answered by `Linked`.
     Link {

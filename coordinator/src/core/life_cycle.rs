@@ -12,6 +12,8 @@ use std::{collections::BTreeSet, time::Duration};
 
 /// After a worker came, others may come right behind it.
 const SETTLE: Duration = Duration::from_millis(500);
+/// And workers get this long to measure the ways between them; a plan is made without what is missing then.
+const MEASURED_WITHIN: Duration = Duration::from_secs(2);
 /// At the first start, a model that does not fit gets this long for one more worker.
 const FIT_GRACE: Duration = Duration::from_secs(5);
 /// Loading without any progress for so long has failed.
@@ -109,7 +111,8 @@ impl Cluster {
                 None => false,
             };
         }
-        now >= self.members.last_up + SETTLE && self.deploy(now, effects)
+        let (since, measured) = (self.members.last_up, self.members.all_measured());
+        now >= since + if measured { SETTLE } else { MEASURED_WITHIN } && self.deploy(now, effects)
     }
 
     /// Plans over who is connected, and has the workers carry it out.
@@ -315,7 +318,10 @@ impl Cluster {
     pub fn deadline(&self, now: Now) -> Option<Now> {
         let last_up = self.members.last_up;
         let phase: Vec<Now> = match &self.phase {
-            Phase::Waiting => [Some(last_up + SETTLE), Some(last_up + FIT_GRACE), self.settings.wait].into_iter().flatten().collect(),
+            Phase::Waiting => [Some(last_up + SETTLE), Some(last_up + MEASURED_WITHIN), Some(last_up + FIT_GRACE), self.settings.wait]
+                .into_iter()
+                .flatten()
+                .collect(),
             Phase::Loading { stalls_at } => vec![*stalls_at],
             Phase::Linking { until, .. }
             | Phase::Opening { until, .. }

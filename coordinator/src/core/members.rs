@@ -1,11 +1,15 @@
 //! The workers: who is connected, what they measured, what they were told to run and what they do run.
 
-use super::Now;
+use super::{Now, addresses, event::Snapshot};
 use mlx_cluster_common::{
-    engine::{EngineSpec, EngineState, EngineStatus, NodeFacts},
+    engine::{EngineSpec, EngineState, NodeFacts, Peer},
     ids::{EngineId, NodeId},
+    links::LinkFacts,
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 /// A worker whose stream is gone for longer than this is lost.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
@@ -24,9 +28,21 @@ pub(super) struct Member {
     pub(super) reached: String,
     pub(super) presence: Presence,
     pub(super) engines: BTreeMap<EngineId, EngineState>,
+    links: Vec<LinkFacts>,
     observed_version: u64,
+    /// Never 0: that would leave a worker with what an earlier coordinator wanted.
     desired_version: u64,
-    desired: Vec<EngineSpec>,
+    desired: Desired,
+    /// It came, and was not told yet what is wanted.
+    is_new: bool,
+}
+
+/// What one worker shall do.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Desired {
+    pub(super) engines: Vec<EngineSpec>,
+    /// Whom it shall measure the ways to.
+    pub(super) neighbours: Vec<Peer>,
 }
 
 impl Member {
@@ -64,33 +80,42 @@ pub(super) struct Members {
 pub(super) struct Wanted {
     pub(super) node: NodeId,
     pub(super) version: u64,
-    pub(super) engines: Vec<EngineSpec>,
+    pub(super) desired: Desired,
 }
 
 impl Members {
-    /// A worker's stream stands; answers with what it shall run.
-    pub(super) fn up(&mut self, facts: NodeFacts, reached: String, now: Now) -> Wanted {
+    /// A worker's stream stands; [`want`](Self::want) says what it shall be told.
+    pub(super) fn up(&mut self, facts: NodeFacts, reached: String, now: Now) {
         self.generation += 1;
         self.last_up = now;
         let node = facts.id.clone();
-        let old = self.all.remove(&node);
-        // Never version 0: that would leave a worker with what an earlier coordinator wanted.
-        let (desired_version, desired) = old.map(|old| (old.desired_version, old.desired)).unwrap_or_else(|| {
-            self.version += 1;
-            (self.version, Vec::new())
-        });
-        let wanted = Wanted { node: node.clone(), version: desired_version, engines: desired.clone() };
-        let engines = BTreeMap::new();
-        let member = Member { facts, reached, presence: Presence::Connected, engines, observed_version: 0, desired_version, desired };
+        let (desired_version, desired) = self.all.remove(&node).map(|old| (old.desired_version, old.desired)).unwrap_or_default();
+        let member = Member {
+            facts,
+            reached,
+            presence: Presence::Connected,
+            engines: BTreeMap::new(),
+            links: Vec::new(),
+            observed_version: 0,
+            desired_version,
+            desired,
+            is_new: true,
+        };
         self.all.insert(node, member);
-        wanted
     }
 
-    pub(super) fn observed(&mut self, node: &NodeId, version: u64, engines: Vec<EngineStatus>) {
+    pub(super) fn observed(&mut self, node: &NodeId, snapshot: Snapshot) {
         if let Some(member) = self.all.get_mut(node) {
-            member.observed_version = version;
-            member.engines = engines.into_iter().map(|status| (status.id, status.state)).collect();
+            member.observed_version = snapshot.version;
+            member.engines = snapshot.engines.into_iter().map(|status| (status.id, status.state)).collect();
+            member.links = snapshot.links;
         }
+    }
+
+    /// Where a worker is now; true when that is news.
+    pub(super) fn moved(&mut self, node: &NodeId, addresses: Vec<String>) -> bool {
+        let member = self.all.get_mut(node).filter(|member| member.facts.addresses != addresses);
+        member.map(|member| member.facts.addresses = addresses).is_some()
     }
 
     pub(super) fn down(&mut self, node: &NodeId, cause: String, now: Now) {
@@ -108,18 +133,44 @@ impl Members {
         });
     }
 
-    /// What changes when each worker shall run what `engine_of` says and nothing else.
+    /// What changes when each worker shall run what `engine_of` says and nothing else, and measure the ways to all others.
     pub(super) fn want(&mut self, engine_of: impl Fn(&NodeId) -> Option<EngineSpec>) -> Vec<Wanted> {
+        let wanted: Vec<_> = self.all.iter().map(|(node, member)| self.desired(member, engine_of(node))).collect();
         let mut changed = Vec::new();
-        for (node, member) in &mut self.all {
-            let engines: Vec<_> = engine_of(node).into_iter().collect();
-            if engines != member.desired {
+        for ((node, member), desired) in self.all.iter_mut().zip(wanted) {
+            if desired != member.desired || member.desired_version == 0 {
                 self.version += 1;
-                (member.desired_version, member.desired) = (self.version, engines.clone());
-                changed.push(Wanted { node: node.clone(), version: self.version, engines });
+                (member.desired_version, member.desired) = (self.version, desired);
+            } else if !member.is_new {
+                continue;
             }
+            member.is_new = false;
+            changed.push(Wanted { node: node.clone(), version: member.desired_version, desired: member.desired.clone() });
         }
         changed
+    }
+
+    fn desired(&self, member: &Member, engine: Option<EngineSpec>) -> Desired {
+        let others = self.connected().filter(|other| other.facts.id != member.facts.id);
+        let neighbours = others.map(|other| Peer {
+            node: other.facts.id.clone(),
+            name: other.facts.name.clone(),
+            addresses: addresses::to_measure(&member.facts, &other.facts, &other.reached),
+        });
+        Desired { neighbours: neighbours.collect(), engines: engine.into_iter().collect() }
+    }
+
+    /// What was measured between workers that are there.
+    pub(super) fn links(&self) -> Vec<LinkFacts> {
+        let is_there = |node: &NodeId| self.get(node).is_some_and(Member::is_connected);
+        self.connected().flat_map(|member| &member.links).filter(|link| is_there(&link.to)).cloned().collect()
+    }
+
+    /// Whether a way is known from each worker that is there to each other one.
+    pub(super) fn all_measured(&self) -> bool {
+        let (there, links) = (self.connected().count(), self.links());
+        let pairs: BTreeSet<_> = links.iter().filter(|link| link.from != link.to).map(|link| (&link.from, &link.to)).collect();
+        pairs.len() == there * there.saturating_sub(1)
     }
 
     pub(super) fn get(&self, node: &NodeId) -> Option<&Member> {

@@ -23,6 +23,7 @@ impl Cluster {
             instance: self.instance_state(),
             plan: self.deployment.as_ref().map(|deployment: &Deployment| deployment.plan.clone()),
             workers: self.members.iter().map(worker).collect(),
+            links: self.members.links(),
             load: self.load,
             join_addresses: join_addresses.to_vec(),
         }

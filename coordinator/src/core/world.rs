@@ -3,14 +3,15 @@
 use super::{
     Now,
     cluster::Cluster,
-    event::{ClusterFailure, Effect, Event, ServedFacts, Settings},
+    event::{ClusterFailure, Effect, Event, ServedFacts, Settings, Snapshot},
     placement::tests::{model, node},
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent};
 use mlx_cluster_common::{
     cache::CacheOptions,
-    engine::{EngineSpec, EngineState, EngineStatus, ModelSource},
+    engine::{EngineSpec, EngineState, EngineStatus, ModelSource, NodeFacts, Peer},
     ids::{Epoch, NodeId, SequenceId},
+    links::{LinkFacts, Medium},
     plan::{Plan, Strategy},
     request::{Delivery, FinishReason, SessionCommand, TokenOut},
     sampling::SamplingParams,
@@ -68,19 +69,39 @@ struct FakeNode {
     connected: bool,
     version: u64,
     engine: Option<FakeEngine>,
+    links: Vec<LinkFacts>,
 }
 
 /// What happens later in the pretended cluster.
 enum Later {
     Tell(Event),
-    Apply { node: NodeId, version: u64, engines: Vec<EngineSpec> },
+    Apply { node: NodeId, version: u64, engines: Vec<EngineSpec>, neighbours: Vec<Peer> },
+    Measured { node: NodeId, version: u64, neighbours: Vec<Peer> },
     Loaded { node: NodeId, incarnation: u64 },
     Link { epoch: Epoch, engine: u32, node: NodeId },
     Open { epoch: Epoch, lead: NodeId },
     Token { epoch: Epoch, sequence: SequenceId, left: u32 },
 }
 
+/// What a pretended worker measures: 10.1 is the better network.
+fn way(from: &NodeId, to: &Peer, address: &str) -> LinkFacts {
+    let is_fast = address.starts_with("10.1.");
+    LinkFacts {
+        from: from.clone(),
+        to: to.node.clone(),
+        interface: if is_fast { "en1" } else { "en0" }.into(),
+        medium: Medium::Ethernet,
+        address: address.split(':').next().unwrap_or_default().into(),
+        round_trip_seconds: 1e-4,
+        bytes_per_second: if is_fast { 1e9 } else { 1e7 },
+    }
+}
+
 pub(crate) struct World {
+    /// Whether workers measure the ways between them.
+    pub(crate) measures: bool,
+    /// Where each engine was told to find its next one.
+    pub(crate) told: BTreeMap<u32, Vec<String>>,
     pub(crate) cluster: Cluster,
     pub(crate) now: Now,
     pub(crate) random: Random,
@@ -101,6 +122,8 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(settings: Settings, seed: u64) -> Self {
         Self {
+            measures: true,
+            told: BTreeMap::new(),
             cluster: Cluster::new(settings),
             now: Duration::ZERO,
             random: Random(seed),
@@ -148,12 +171,22 @@ impl World {
 
     pub(crate) fn worker_up(&mut self, name: &str) {
         let id = Self::id(name);
-        let fake = self.nodes.entry(id.clone()).or_insert(FakeNode { connected: false, version: 0, engine: None });
+        self.tell_of_the_end(&id);
+        let fake = self.nodes.entry(id.clone()).or_insert(FakeNode { connected: false, version: 0, engine: None, links: Vec::new() });
         fake.connected = true;
-        let (version, engines) = (fake.version, Self::statuses(fake));
-        let mut facts = node(name, 4_000_000_000, 0.0);
-        facts.addresses = vec![format!("10.0.0.{}:1", 1 + name.len())];
-        self.tell(Event::WorkerUp { facts, reached: "10.0.0.1:1".into(), version, engines });
+        let snapshot = Self::snapshot(fake);
+        let facts = NodeFacts { addresses: Self::addresses(name), ..node(name, 4_000_000_000, 0.0) };
+        let (reached, facts) = (facts.addresses[0].clone(), Box::new(facts));
+        self.tell(Event::WorkerUp { facts, reached, snapshot });
+    }
+
+    /// A stream that stands again was seen to break before.
+    fn tell_of_the_end(&mut self, id: &NodeId) {
+        let is_end = |later: &Later| matches!(later, Later::Tell(Event::WorkerDown { node, .. }) if node == id);
+        let at = self.later.iter().find(|(_, later)| is_end(later)).map(|(at, _)| *at);
+        if let Some(Later::Tell(event)) = at.and_then(|at| self.later.remove(&at)) {
+            self.tell(event);
+        }
     }
 
     /// Its stream breaks; with `dies` the process and its engine are gone too.
@@ -163,7 +196,7 @@ impl World {
         fake.connected = false;
         let had = dies && fake.engine.take().is_some();
         if dies {
-            fake.version = 0;
+            (fake.version, fake.links) = (0, Vec::new());
         }
         if had {
             self.break_session("connection reset");
@@ -245,8 +278,11 @@ impl World {
         assert!(self.ended.is_none(), "nothing comes after the end");
         let delay = self.soon();
         match effect {
-            Effect::SetDesired { node, version, engines } => self.after(delay, Later::Apply { node, version, engines }),
-            Effect::Link { epoch, engine, .. } => {
+            Effect::SetDesired { node, version, engines, neighbours } => {
+                self.after(delay, Later::Apply { node, version, engines, neighbours });
+            }
+            Effect::Link { epoch, engine, link, .. } => {
+                self.told.insert(engine, link.next.map(|peer| peer.addresses).unwrap_or_default());
                 assert!(self.epochs.last().is_none_or(|last| *last <= epoch), "epochs rise");
                 assert!(self.session.is_none(), "no session while linking");
                 if self.epochs.last() != Some(&epoch) {
@@ -288,7 +324,12 @@ impl World {
         let delay = self.soon();
         match later {
             Later::Tell(event) => self.tell(event),
-            Later::Apply { node, version, engines } => self.apply(&node, version, engines),
+            Later::Apply { node, version, engines, neighbours } => {
+                let measuring = ms(100 + self.random.below(300));
+                self.after(measuring, Later::Measured { node: node.clone(), version, neighbours });
+                self.apply(&node, version, engines);
+            }
+            Later::Measured { node, version, neighbours } => self.measured(&node, version, &neighbours),
             Later::Loaded { node, incarnation } => {
                 let Some(engine) = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut()) else { return };
                 if engine.incarnation == incarnation {
@@ -341,9 +382,17 @@ impl World {
         self.tell(Event::Delivered { epoch, delivery });
     }
 
+    fn measured(&mut self, node: &NodeId, version: u64, neighbours: &[Peer]) {
+        let is_wanted = |fake: &&mut FakeNode| fake.connected && fake.version == version;
+        let Some(fake) = self.nodes.get_mut(node).filter(|_| self.measures).filter(is_wanted) else { return };
+        fake.links = neighbours.iter().flat_map(|to| to.addresses.iter().map(|address| way(node, to, address))).collect();
+        self.observe(node);
+    }
+
     fn apply(&mut self, node: &NodeId, version: u64, engines: Vec<EngineSpec>) {
         let load = ms(50 + self.random.below(500));
-        let Some(fake) = self.nodes.get_mut(node).filter(|fake| fake.connected) else { return };
+        // In order: what was wanted before never overtakes what is wanted now.
+        let Some(fake) = self.nodes.get_mut(node).filter(|fake| fake.connected && fake.version <= version) else { return };
         fake.version = version;
         let wanted = engines.into_iter().next();
         let same = fake.engine.as_ref().map(|engine| &engine.spec.id) == wanted.as_ref().map(|spec| &spec.id);
@@ -364,13 +413,21 @@ impl World {
         self.observe(node);
     }
 
-    fn statuses(fake: &FakeNode) -> Vec<EngineStatus> {
-        fake.engine.iter().map(|engine| EngineStatus { id: engine.spec.id.clone(), state: engine.state.clone() }).collect()
+    fn snapshot(fake: &FakeNode) -> Snapshot {
+        let status = |engine: &FakeEngine| EngineStatus { id: engine.spec.id.clone(), state: engine.state.clone() };
+        Snapshot { version: fake.version, engines: fake.engine.iter().map(status).collect(), links: fake.links.clone() }
+    }
+
+    /// Each worker has a slow interface, which it names first, and a fast one.
+    fn addresses(name: &str) -> Vec<String> {
+        let number = name.bytes().map(u32::from).sum::<u32>() % 250;
+        vec![format!("10.0.0.{number}:1"), format!("10.1.0.{number}:1")]
     }
 
     fn observe(&mut self, node: &NodeId) {
         let Some(fake) = self.nodes.get(node).filter(|fake| fake.connected) else { return };
-        let event = Event::WorkerObserved { node: node.clone(), version: fake.version, engines: Self::statuses(fake) };
+        let addresses = Self::addresses(node.0.trim_start_matches("id-"));
+        let event = Event::WorkerObserved { node: node.clone(), addresses, snapshot: Self::snapshot(fake) };
         // In order: snapshots of one worker never overtake each other.
         self.after(ms(1), Later::Tell(event));
     }

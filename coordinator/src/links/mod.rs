@@ -8,7 +8,10 @@ use crate::{
     core::event::Event,
     discovery::{PEERS_MAX, Peer},
 };
-use mlx_cluster_common::{engine::EngineSpec, ids::NodeId};
+use mlx_cluster_common::{
+    engine::{EngineSpec, Peer as Neighbour},
+    ids::NodeId,
+};
 use mlx_cluster_proto::wire::Hello;
 use std::collections::BTreeMap;
 use tokio::sync::{mpsc, watch};
@@ -32,6 +35,8 @@ pub(crate) enum Note {
 pub(crate) struct Desired {
     pub(crate) version: u64,
     pub(crate) engines: Vec<EngineSpec>,
+    /// Whom it shall measure the ways to.
+    pub(crate) neighbours: Vec<Neighbour>,
 }
 
 struct WorkerLink {

@@ -1,7 +1,10 @@
 //! One worker's stream: connects, keeps it alive, sends what is wanted, reports what is the case; again and again until forgotten.
 
 use super::{Desired, Note};
-use crate::{core::event::Event, discovery::Peer};
+use crate::{
+    core::event::{Event, Snapshot},
+    discovery::Peer,
+};
 use mlx_cluster_common::{engine::EngineStatus, ids::NodeId};
 use mlx_cluster_proto::{
     WireError, net,
@@ -164,20 +167,22 @@ impl WorkerTask {
 
     /// The first snapshot says who it is about.
     fn event(&self, snapshot: wire::Observed, address: &str, was_up: &mut bool) -> Result<Event, LinkError> {
-        let version = snapshot.version;
-        let engines = snapshot.engines.into_iter().map(EngineStatus::try_from).collect::<Result<Vec<_>, _>>()?;
+        let wire::Observed { hello, facts, version, engines, links } = snapshot;
+        let engines = engines.into_iter().map(EngineStatus::try_from).collect::<Result<Vec<_>, _>>()?;
+        let links = links.into_iter().map(|link| link.into_facts(self.node.clone())).collect::<Result<Vec<_>, _>>()?;
+        let (facts, snapshot) = (facts.ok_or(WireError::Missing("facts"))?, Snapshot { version, engines, links });
         if *was_up {
-            return Ok(Event::WorkerObserved { node: self.node.clone(), version, engines });
+            return Ok(Event::WorkerObserved { node: self.node.clone(), addresses: facts.addresses, snapshot });
         }
-        let hello = snapshot.hello.ok_or(WireError::Missing("hello"))?;
+        let hello = hello.ok_or(WireError::Missing("hello"))?;
         hello.check(&self.hello.cluster)?;
         if hello.node != self.node.0 {
             return Err(LinkError::OtherNode);
         }
-        let mut facts = snapshot.facts.ok_or(WireError::Missing("facts"))?.into_facts(&hello);
+        let mut facts = facts.into_facts(&hello);
         facts.name = crate::discovery::printable(&facts.name);
         *was_up = true;
-        Ok(Event::WorkerUp { facts, reached: address.to_owned(), version, engines })
+        Ok(Event::WorkerUp { facts: Box::new(facts), reached: address.to_owned(), snapshot })
     }
 }
 
@@ -189,5 +194,6 @@ fn refusal(status: Status) -> LinkError {
 
 fn message(desired: &Desired) -> wire::Desired {
     let engines = desired.engines.iter().cloned().map(wire::EngineSpec::from).collect();
-    wire::Desired { hello: None, version: desired.version, engines }
+    let neighbours = desired.neighbours.iter().cloned().map(wire::Peer::from).collect();
+    wire::Desired { hello: None, version: desired.version, engines, neighbours }
 }

@@ -1,8 +1,10 @@
 //! Carries out what the plan decides: owns the engine processes and the fetches, and tells coordinators what it sees.
 
 use super::{
+    effort::Effort,
     facts::Facts,
     hold::{Held, Hold, Session},
+    links::Situation,
     plan::{Effect, Event, Failure, Run, Supervision},
     process::{self, Control},
     store::Store,
@@ -10,8 +12,9 @@ use super::{
 use crate::engine::boot::{Boot, BootLine};
 use futures_util::FutureExt;
 use mlx_cluster_common::{
-    engine::{EngineSpec, EngineStatus},
+    engine::{EngineSpec, EngineState, EngineStatus, Peer},
     ids::NodeId,
+    links::LinkFacts,
     units::Bytes,
 };
 use std::{
@@ -49,10 +52,20 @@ pub(crate) enum Request {
     /// A message came. `wanted` is the state that it wants, if it wants a new one.
     Heard {
         session: Session,
-        wanted: Option<(u64, Vec<EngineSpec>)>,
+        wanted: Option<Wanted>,
     },
     /// What this node is, known once it was measured.
     Facts(Facts),
+    /// The ways to all neighbours, as far as they were measured.
+    Links(Vec<LinkFacts>),
+}
+
+/// What a coordinator wants of this worker.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) version: u64,
+    pub(crate) engines: Vec<EngineSpec>,
+    pub(crate) neighbours: Vec<Peer>,
 }
 
 /// A session's right to this worker. Dropping it gives the worker back.
@@ -79,6 +92,7 @@ pub(crate) struct Observation {
     pub(crate) facts: Option<Arc<Facts>>,
     pub(crate) version: u64,
     pub(crate) engines: Vec<EngineStatus>,
+    pub(crate) links: Vec<LinkFacts>,
 }
 
 /// How engines are started.
@@ -103,12 +117,16 @@ pub(crate) struct Driver {
     hold: Hold,
     grant: Option<Grant>,
     facts: Option<Arc<Facts>>,
+    neighbours: Vec<Peer>,
+    links: Vec<LinkFacts>,
     engines: BTreeMap<Run, Engine>,
     fetches: BTreeMap<Run, AbortHandle>,
     tasks: JoinSet<()>,
     events: mpsc::Sender<Event>,
     observed: watch::Sender<Observation>,
+    situation: watch::Sender<Situation>,
     system: Option<System>,
+    effort: Effort,
     started: Instant,
     ticks: u64,
     /// When engines that have not ended by themselves are killed; known once the worker stops.
@@ -128,7 +146,13 @@ enum Input {
 
 impl Driver {
     /// `last_run` is higher than any run of an earlier worker process of this node.
-    pub(crate) fn new(launch: Launch, store: Store, last_run: u64, observed: watch::Sender<Observation>) -> (Self, mpsc::Receiver<Event>) {
+    pub(crate) fn new(
+        launch: Launch,
+        store: Store,
+        last_run: u64,
+        observed: watch::Sender<Observation>,
+        situation: watch::Sender<Situation>,
+    ) -> (Self, mpsc::Receiver<Event>) {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         let driver = Self {
             launch,
@@ -137,12 +161,16 @@ impl Driver {
             hold: Hold::default(),
             grant: None,
             facts: None,
+            neighbours: Vec::new(),
+            links: Vec::new(),
             engines: BTreeMap::new(),
             fetches: BTreeMap::new(),
             tasks: JoinSet::new(),
             events,
             observed,
+            situation,
             system: System::new().ok(),
+            effort: Effort::default(),
             started: Instant::now(),
             ticks: 0,
             abandon_at: None,
@@ -190,7 +218,7 @@ impl Driver {
                 }
                 self.handle(event);
                 if is_ready {
-                    self.look_at_memory();
+                    self.look_at_engines();
                 }
             }
             Input::Request(request) => self.answer(request),
@@ -199,7 +227,7 @@ impl Driver {
             Input::KeepAlive => {
                 self.ticks += 1;
                 if self.ticks.is_multiple_of(RESIDENT_EVERY_TICKS) {
-                    self.look_at_memory();
+                    self.look_at_engines();
                 }
             }
             Input::TaskEnded(_) | Input::Shutdown | Input::Abandon => {}
@@ -226,11 +254,13 @@ impl Driver {
                 let _ = reply.send(lease);
             }
             Request::Heard { session, wanted } => {
-                if let (true, Some((version, engines))) = (self.hold.hear(session, now), wanted) {
+                if let (true, Some(Wanted { version, engines, neighbours })) = (self.hold.hear(session, now), wanted) {
+                    self.neighbours = neighbours;
                     self.handle(Event::Wanted { version, engines });
                 }
             }
             Request::Facts(facts) => self.facts = Some(Arc::new(facts)),
+            Request::Links(links) => self.links = links,
         }
     }
 
@@ -253,6 +283,7 @@ impl Driver {
         let Some(grant) = self.grant.take() else { return };
         if self.hold.release(grant.session) {
             tracing::info!("no coordinator holds this worker any more");
+            self.neighbours.clear();
             self.handle(Event::Orphaned);
         }
     }
@@ -312,25 +343,37 @@ impl Driver {
         }
     }
 
-    /// Asks the system how much memory each engine has.
-    fn look_at_memory(&mut self) {
+    /// Asks the system how much memory each engine has, and how much they computed.
+    fn look_at_engines(&mut self) {
         let Some(system) = &mut self.system else { return };
         let pids: Vec<_> = self.engines.iter().filter_map(|(run, engine)| Some((*run, Pid::from_u32(engine.pid?)))).collect();
         let only: Vec<_> = pids.iter().map(|(_, pid)| *pid).collect();
-        let wanted = ProcessRefreshKind::nothing().with_memory().without_tasks();
+        let wanted = ProcessRefreshKind::nothing().with_memory().with_cpu().without_tasks();
         system.refresh_processes_specifics(ProcessesToUpdate::Some(&only), true, wanted);
+        let computed = only.iter().filter_map(|pid| Some(system.process(*pid)?.accumulated_cpu_time())).sum();
+        self.effort.look(Duration::from_millis(computed), self.started.elapsed());
         let sizes: Vec<_> = pids.into_iter().filter_map(|(run, pid)| Some((run, Bytes(system.process(pid)?.memory())))).collect();
         for (run, bytes) in sizes {
             self.handle(Event::Resident { run, bytes });
         }
     }
 
+    /// Whether engines load or compute, as far as that is known.
+    fn is_busy(&self, engines: &[EngineStatus]) -> bool {
+        let starts = |status: &EngineStatus| matches!(status.state, EngineState::Fetching { .. } | EngineState::Loading { .. });
+        engines.iter().any(starts) || (!engines.is_empty() && self.effort.is_high)
+    }
+
     fn publish(&self) {
+        let engines = self.core.statuses(self.started.elapsed());
+        let situation = Situation { neighbours: self.neighbours.clone(), is_busy: self.is_busy(&engines) };
+        self.situation.send_if_modified(|known| std::mem::replace(known, situation.clone()) != situation);
         self.observed.send_replace(Observation {
             held: self.hold.is_held(),
             facts: self.facts.clone(),
             version: self.core.version(),
-            engines: self.core.statuses(self.started.elapsed()),
+            engines,
+            links: self.links.clone(),
         });
     }
 }

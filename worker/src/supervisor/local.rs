@@ -62,7 +62,7 @@ fn rank(interfaces: Vec<(String, IpAddr)>, listen: IpAddr, proven: Option<IpAddr
 }
 
 /// The addresses of all interfaces that are up.
-fn interfaces() -> Vec<(String, IpAddr)> {
+pub(crate) fn interfaces() -> Vec<(String, IpAddr)> {
     let Ok(networks) = Networks::new_with_refreshed_list() else { return Vec::new() };
     let up = networks.iter().filter(|(_, network)| !matches!(network.operational_state(), InterfaceOperationalState::Down));
     up.flat_map(|(name, network)| network.ip_networks().iter().map(|net| (name.to_string_lossy().into_owned(), net.addr))).collect()

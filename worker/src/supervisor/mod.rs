@@ -4,12 +4,14 @@
 
 mod announce;
 mod driver;
+mod effort;
 mod error;
 mod facts;
 mod hold;
 mod home;
 mod join;
 mod lines;
+mod links;
 mod local;
 mod measure;
 mod plan;
@@ -25,6 +27,7 @@ pub use measure::Measurement;
 
 use driver::{Driver, Launch, Observation, Request};
 use facts::{Facts, Machine};
+use links::{Situation, Surveyor, answer::FRAME_BYTES_MAX};
 use local::Local;
 use mlx_cluster_common::{VERSION, ids::ClusterName, units::Bytes};
 use mlx_cluster_hub::HubSettings;
@@ -41,14 +44,12 @@ use std::{
 use store::Store;
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     task::JoinSet,
     time::sleep,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Largest message from a coordinator: a list of engines is a few kilobytes.
-const DESIRED_BYTES_MAX: usize = 4 << 20;
 const REQUESTS_MAX: usize = 64;
 const CLUSTER_CHARS_MAX: usize = 63;
 /// For connections to end once all streams on them have ended.
@@ -108,7 +109,8 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
     let (observing, observed) = watch::channel(Observation::default());
     let launch = Launch { command: command.clone(), listen: local.listen.ip(), worker: local.name.clone() };
     let store = Store { worker: local.name.clone(), home: options.home.clone(), hub: HubSettings::from_env() };
-    let (driver, events) = Driver::new(launch, store, unix_ms(), observing);
+    let (situating, situation) = watch::channel(Situation::default());
+    let (driver, events) = Driver::new(launch, store, unix_ms(), observing, situating);
 
     let (mut needed, others) = (JoinSet::new(), TaskTracker::new());
     let supervising = driver.run(events, received, stop.clone());
@@ -127,7 +129,10 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
     if let Some(address) = options.join {
         others.spawn(join::keep_joined(address, local.clone(), observed.clone(), stop.clone()));
     }
-    let service = WorkerService { local, requests, observed, sessions: others.clone() };
+    let turn = Arc::new(Semaphore::new(1));
+    let surveyor = Surveyor { local: local.clone(), situation, requests: requests.clone(), turn: turn.clone() };
+    others.spawn(stop.clone().run_until_cancelled_owned(surveyor.run()));
+    let service = WorkerService { local, requests, observed, sessions: others.clone(), turn };
     needed.spawn(accept(service, listener, stop.clone()));
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
@@ -146,7 +151,7 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
 
 /// Serves until `stop`, and a little longer for streams that are ending.
 async fn accept(service: WorkerService, listener: TcpListener, stop: CancellationToken) -> (&'static str, String) {
-    let service = WorkerServer::new(service).max_decoding_message_size(DESIRED_BYTES_MAX);
+    let service = WorkerServer::new(service).max_decoding_message_size(FRAME_BYTES_MAX);
     let router = net::server().add_service(service);
     let serving = router.serve_with_incoming_shutdown(net::incoming(listener), stop.clone().cancelled_owned());
     let too_late = async {

@@ -1,15 +1,19 @@
 //! The worker's gRPC service: one coordinator's stream of wishes in, what is the case out.
 
 use super::{
-    driver::{Lease, Observation, Request},
+    driver::{Lease, Observation, Request, Wanted},
+    links::answer::{self, Echoes},
     local::Local,
 };
 use futures_util::Stream;
-use mlx_cluster_common::{engine::EngineSpec, ids::NodeId};
+use mlx_cluster_common::{
+    engine::{EngineSpec, Peer},
+    ids::NodeId,
+};
 use mlx_cluster_proto::{WireError, wire};
 use std::{collections::BTreeSet, net::IpAddr, pin::Pin, sync::Arc, time::Duration};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Semaphore, mpsc, oneshot, watch},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,6 +26,8 @@ pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Snapshots on their way to a coordinator; one that is slow gets the next one instead.
 const OBSERVED_BUFFERED_MAX: usize = 4;
 const ENGINES_MAX: usize = 64;
+const NEIGHBOURS_MAX: usize = 256;
+const NEIGHBOUR_ADDRESSES_MAX: usize = 16;
 const NAME_CHARS_SHOWN: usize = 64;
 
 #[derive(Debug)]
@@ -30,6 +36,8 @@ pub(crate) struct WorkerService {
     pub(crate) requests: mpsc::Sender<Request>,
     pub(crate) observed: watch::Receiver<Observation>,
     pub(crate) sessions: TaskTracker,
+    /// One permit: for measuring a way, or for being measured.
+    pub(crate) turn: Arc<Semaphore>,
 }
 
 type Outgoing = Pin<Box<dyn Stream<Item = Result<wire::Observed, Status>> + Send>>;
@@ -37,6 +45,7 @@ type Outgoing = Pin<Box<dyn Stream<Item = Result<wire::Observed, Status>> + Send
 #[tonic::async_trait]
 impl wire::worker_server::Worker for WorkerService {
     type SuperviseStream = Outgoing;
+    type ProbeStream = Echoes;
 
     /// Answers once the first message has come; what is observed follows as soon as this node has been measured.
     async fn supervise(&self, request: tonic::Request<Streaming<wire::Desired>>) -> Result<Response<Outgoing>, Status> {
@@ -64,6 +73,10 @@ impl wire::worker_server::Worker for WorkerService {
         self.sessions.spawn(session.run(inbound, wanted));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
+
+    async fn probe(&self, request: tonic::Request<Streaming<wire::ProbeFrame>>) -> Result<Response<Echoes>, Status> {
+        answer::answer(request.into_inner(), &self.local.cluster.0, &self.turn, &self.sessions).await
+    }
 }
 
 impl WorkerService {
@@ -80,7 +93,7 @@ impl WorkerService {
 }
 
 /// The new state that a message wants; None when it only keeps the stream alive.
-fn wanted(message: wire::Desired) -> Result<Option<(u64, Vec<EngineSpec>)>, Status> {
+fn wanted(message: wire::Desired) -> Result<Option<Wanted>, Status> {
     if message.version == 0 {
         return Ok(None);
     }
@@ -92,7 +105,12 @@ fn wanted(message: wire::Desired) -> Result<Option<(u64, Vec<EngineSpec>)>, Stat
     if ids.len() != engines.len() {
         return Err(WireError::Invalid { field: "engines", value: "a list that names one engine twice".into() }.into());
     }
-    Ok(Some((message.version, engines)))
+    let is_long = |peer: &wire::Peer| peer.addresses.len() > NEIGHBOUR_ADDRESSES_MAX;
+    if message.neighbours.len() > NEIGHBOURS_MAX || message.neighbours.iter().any(is_long) {
+        return Err(WireError::Invalid { field: "neighbours", value: format!("a list of {}", message.neighbours.len()) }.into());
+    }
+    let neighbours = message.neighbours.into_iter().map(Peer::from).collect();
+    Ok(Some(Wanted { version: message.version, engines, neighbours }))
 }
 
 /// One coordinator's stream, from the hold to its end.
@@ -118,7 +136,7 @@ enum Next {
 }
 
 impl SessionTask {
-    async fn run(mut self, mut inbound: Streaming<wire::Desired>, first: Option<(u64, Vec<EngineSpec>)>) {
+    async fn run(mut self, mut inbound: Streaming<wire::Desired>, first: Option<Wanted>) {
         let Err(status) = self.converse(&mut inbound, first).await else { return };
         tracing::info!(coordinator = self.coordinator, reason = status.message(), "the coordinator's stream ends");
         // It may be gone, or not reading: then it learns the reason from its own side.
@@ -126,7 +144,7 @@ impl SessionTask {
     }
 
     /// Ok when the coordinator ended the stream, else why we do.
-    async fn converse(&mut self, inbound: &mut Streaming<wire::Desired>, first: Option<(u64, Vec<EngineSpec>)>) -> Result<(), Status> {
+    async fn converse(&mut self, inbound: &mut Streaming<wire::Desired>, first: Option<Wanted>) -> Result<(), Status> {
         self.hear(first).await?;
         self.tell();
         let mut silent_at = Instant::now() + SILENCE_MAX;
@@ -151,7 +169,7 @@ impl SessionTask {
         }
     }
 
-    async fn hear(&self, wanted: Option<(u64, Vec<EngineSpec>)>) -> Result<(), Status> {
+    async fn hear(&self, wanted: Option<Wanted>) -> Result<(), Status> {
         let heard = Request::Heard { session: self.lease.session, wanted };
         self.requests.send(heard).await.map_err(|_| self.stopping())
     }
@@ -165,6 +183,7 @@ impl SessionTask {
             facts: Some(wire::NodeFacts::from(&facts.of_node(&self.local, self.reached))),
             version: observation.version,
             engines: observation.engines.into_iter().map(wire::EngineStatus::from).collect(),
+            links: observation.links.into_iter().map(wire::LinkFacts::from).collect(),
         };
         self.greeted |= self.outbound.try_send(Ok(observed)).is_ok();
     }

@@ -61,7 +61,8 @@ impl Worker {
         let channel = net::connect("the worker", std::slice::from_ref(&self.address)).await.expect("it listens");
         let mut client = wire::worker_client::WorkerClient::new(channel);
         let (desired, outgoing) = mpsc::channel(4);
-        let first = wire::Desired { hello: Some(hello), version: 1, engines: engines.into_iter().map(Into::into).collect() };
+        let engines = engines.into_iter().map(Into::into).collect();
+        let first = wire::Desired { hello: Some(hello), version: 1, engines, neighbours: Vec::new() };
         desired.send(first).await.expect("room");
         let observed = client.supervise(ReceiverStream::new(outgoing)).await?.into_inner();
         Ok(Coordinator { desired, observed })
@@ -211,7 +212,7 @@ async fn what_is_hopeless_is_reported_and_not_started_again() {
     }
     assert_eq!(std::fs::read_to_string(folder.join("starts")).expect("started"), "started\n");
     let nowhere = EngineSpec { id: "engine-2".into(), model: ModelSource::Folder("/no/such/model".into()), ..spec(&folder) };
-    let wish = wire::Desired { hello: None, version: 2, engines: vec![nowhere.into()] };
+    let wish = wire::Desired { version: 2, engines: vec![nowhere.into()], ..Default::default() };
     coordinator.desired.send(wish).await.expect("sent");
     let missing =
         |state: &EngineState| matches!(state, EngineState::Failed { cause, .. } if cause.contains("has no folder /no/such/model"));
@@ -314,4 +315,53 @@ async fn a_worker_joins_and_joins_again_when_it_was_let_go() {
     }
     worker.stop().await;
     server.abort();
+}
+
+#[tokio::test]
+async fn workers_measure_the_ways_to_each_other_in_turn() {
+    let workers = [Worker::start().await, Worker::start().await, Worker::start().await];
+    let mut coordinators = Vec::new();
+    let mut peers = Vec::new();
+    for (number, worker) in workers.iter().enumerate() {
+        let mut coordinator = worker.supervise(hello("a"), Vec::new()).await.expect("free");
+        let observed = coordinator.next().await.expect("a message").expect("not the end");
+        let node = observed.hello.expect("in the first").node;
+        peers.push(wire::Peer { node, name: format!("w{number}"), addresses: vec![worker.address.clone(), "127.0.0.1:1".into()] });
+        coordinators.push(coordinator);
+    }
+    for coordinator in &coordinators {
+        let neighbours = wire::Desired { version: 2, neighbours: peers.clone(), ..Default::default() };
+        coordinator.desired.send(neighbours).await.expect("room");
+    }
+    for (number, coordinator) in coordinators.iter_mut().enumerate() {
+        let links = loop {
+            let observed = coordinator.next().await.expect("a message").expect("not the end");
+            if observed.links.len() == 2 {
+                break observed.links;
+            }
+        };
+        for link in links {
+            assert!(link.to != peers[number].node && peers.iter().any(|peer| peer.node == link.to));
+            let link = link.into_facts("x".into()).expect("sound");
+            assert!(link.address == "127.0.0.1" && link.medium == mlx_cluster_common::links::Medium::Loopback);
+            assert!(link.round_trip_seconds < 0.1 && link.bytes_per_second > 1e6, "{link:?}");
+        }
+    }
+    for worker in workers {
+        worker.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_worker_is_measured_by_its_own_cluster_only() {
+    let worker = Worker::start().await;
+    let channel = net::connect("the worker", std::slice::from_ref(&worker.address)).await.expect("it listens");
+    let stranger = wire::ProbeFrame { hello: Some(wire::Hello::new("other", &"s".into(), "s")), ..Default::default() };
+    for (frame, code) in [(stranger, Code::FailedPrecondition), (wire::ProbeFrame::default(), Code::InvalidArgument)] {
+        let frames = tokio_stream::iter([frame]);
+        let refused = wire::worker_client::WorkerClient::new(channel.clone()).probe(frames).await;
+        assert_eq!(refused.expect_err("refused").code(), code);
+    }
+    drop(channel);
+    worker.stop().await;
 }

@@ -219,6 +219,7 @@ pub(super) fn served(template: Option<&str>) -> ServedModel {
 
 pub(super) fn ready() -> ClusterStatus {
     ClusterStatus {
+        links: Vec::new(),
         cluster: "home".into(),
         instance: InstanceState::Ready,
         plan: None,
