@@ -35,8 +35,11 @@ from report import Report
 # Nats; f32 against f32 on the same kernels.
 TOLERANCE = 2e-3
 NEW_TOKENS, CHUNKS = 6, 8
-# Tensor-parallel groups that every model is split over: equal, unequal, and more ranks than some blocks have heads.
-SHARES = [[1, 1], [2, 1], [1, 1, 1]]
+# The tensor-parallel group that every model is split over, and one for the first row of each model type: more ranks than some blocks have heads.
+SHARES = {"f32": [1, 1], "affine4": [2, 1], "published": [1, 1]}
+MORE_SHARES = {"f32": [1, 1, 1]}
+# A group takes less of everything: its ranks wait for each other at every layer.
+GROUP_PROMPTS, GROUP_TOKENS, GROUP_CHUNKS = 3, 4, 3
 SCHEMES = {
     "f32": None, "published": None, **{f"affine{bits}": {"group_size": 32, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -93,6 +96,16 @@ def ask(folder: Path, prompts: list[list[int]], layouts: list[list[int]], option
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+def groups(scheme: str, is_first: bool, folder: Path, prompts: list[list[int]]) -> list[dict]:
+    shares = [by_scheme[scheme] for by_scheme in (SHARES, MORE_SHARES)[: 1 + is_first] if scheme in by_scheme]
+    return ask(folder, prompts, [], {"shares": shares, "new_tokens": GROUP_TOKENS, "chunks": GROUP_CHUNKS}) if shares else []
+
+
+def first(wanted: Wanted) -> Wanted:
+    """What a group is asked for of it."""
+    return Wanted(wanted.prompt_logprobs, wanted.tokens[:GROUP_TOKENS], wanted.logprobs[:GROUP_TOKENS], wanted.margins)
+
+
 def distance(got: dict, wanted: Wanted) -> float:
     """The largest difference of a log-probability; a token that is another one, and clearly, is infinitely far."""
     ours = got["prompt_logprobs"][1:]
@@ -128,7 +141,7 @@ class Findings:
         return "; ".join(far + unequal) or None
 
 
-def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> str | None:
+def examine(row: Row, scheme: str, is_first: bool, folder: Path, seed: int, verbose: bool) -> str | None:
     build(row, folder, seed, SCHEMES[scheme], scheme == "published")
     ids = random.Random(seed)
     lengths = [row.prompt_tokens, 5, row.prompt_tokens // 2 + 1]
@@ -139,9 +152,7 @@ def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> st
     else:
         wanted = reference(folder, prompts[0], row.chunks_matter)
     layouts = [[]] if scheme == "published" else [[], *map(list, row.cuts)]
-    shares = SHARES[:1] if scheme == "published" else SHARES
-    whole, *others = ask(folder, prompts, layouts, {"shares": shares})
-    split, groups = others[: len(layouts) - 1], others[len(layouts) - 1 :]
+    whole, *split = ask(folder, prompts, layouts)
     found = Findings()
     found.note("mlx-lm", distance(whole["alone"][0], wanted))
     found.note("chunks", distance(whole["chunked"], wanted))
@@ -156,12 +167,13 @@ def examine(row: Row, scheme: str, folder: Path, seed: int, verbose: bool) -> st
             for ours, theirs in zip(other[kind], whole[kind]):
                 found.note("split", distance(ours, as_wanted(theirs, [1.0] * NEW_TOKENS)))
         found.note("split", distance(other["chunked"], as_wanted(whole["chunked"], [1.0] * NEW_TOKENS)))
-    for group in groups:
+    for group in groups(scheme, is_first, folder, prompts[:GROUP_PROMPTS]):
         name = "tensor " + ":".join(map(str, group["shares"]))
-        found.note(name, max(distance(group["alone"][0], wanted), distance(group["chunked"], wanted)))
+        found.note(name, distance(group["alone"][0], first(wanted)))
+        found.note(name, distance(group["chunked"], first(wanted)))
         for kind in ("alone", "batched", "unscored"):
             for ours, theirs in zip(group[kind], whole[kind]):
-                found.note(name, distance(ours, as_wanted(theirs, loose)))
+                found.note(name, distance(ours, first(as_wanted(theirs, loose))))
     if verbose:
         print("   ", ", ".join(f"{what} {value:.2g}" for what, value in found.worst.items()))
     return found.fault({"split"})
@@ -175,15 +187,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
-    report = Report()
+    report, seen = Report(), set()
     with tempfile.TemporaryDirectory(prefix="architectures-") as scratch:
         for number, row in enumerate(rows(args.module)):
+            is_first = row.model_type not in seen
+            seen.add(row.model_type)
             named = row.model_type == args.only[1:] if args.only.startswith("=") else args.only in row.title
             for scheme in args.schemes.split(",") if named else []:
                 absent = (scheme == "published" and row.published is None) or (SCHEMES[scheme] and not row.quantizes)
                 if not absent:
                     folder = Path(scratch) / f"{number}-{scheme}"
-                    report.check(f"{row.title}, {scheme}", examine, row, scheme, folder, args.seed + number, args.verbose)
+                    report.check(f"{row.title}, {scheme}", examine, row, scheme, is_first, folder, args.seed + number, args.verbose)
     report.close()
 
 

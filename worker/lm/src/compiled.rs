@@ -7,6 +7,7 @@ use crate::{
     blocks::{After, Before, Entry, Exit, Flow, Layer, Mix, Recurrence, with_arrays},
     cache::{Cache, RecurrentState},
     error::LmError,
+    group::in_order,
     parameters::Parameters,
 };
 use mlx_rs::{Array, error::Exception, transforms::compile::compile};
@@ -206,7 +207,7 @@ fn replace(block: &mut impl Parameters, next: &mut impl FnMut() -> Result<Array,
 }
 
 fn function(mut body: impl FnMut(&[Array]) -> Result<Vec<Array>, LmError> + 'static) -> Function {
-    let traced = move |inputs: &[Array]| body(inputs).map_err(|error| Exception::custom(error.to_string()));
+    let traced = move |inputs: &[Array]| in_order(|| body(inputs)).map_err(|error| Exception::custom(error.to_string()));
     Rc::new(RefCell::new(Box::new(compile(traced, false))))
 }
 

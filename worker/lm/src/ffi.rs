@@ -277,6 +277,22 @@ pub fn form_group(name: &CStr, size: usize) -> Result<DistributedGroup, LmError>
     }
 }
 
+/// `array` as it is, but not before `first` has been computed.
+pub fn after(array: &Array, first: &Array) -> Result<Array, LmError> {
+    let mut arrays = call_many("depends", |result, _| {
+        // SAFETY: two lists of one valid array each, freed after the call; `result` is a fresh list that MLX fills.
+        unsafe {
+            let arrays = mlx_sys::mlx_vector_array_new_value(array.as_ptr());
+            let dependencies = mlx_sys::mlx_vector_array_new_value(first.as_ptr());
+            let status = mlx_sys::mlx_depends(result, arrays, dependencies);
+            mlx_sys::mlx_vector_array_free(arrays);
+            mlx_sys::mlx_vector_array_free(dependencies);
+            status
+        }
+    })?;
+    arrays.pop().ok_or_else(|| LmError::Mlx("depends gave nothing".into()))
+}
+
 /// The sum over all ranks of a group.
 pub fn all_sum(array: &Array, group: &DistributedGroup) -> Result<Array, LmError> {
     // SAFETY: array, group and stream are valid for the call; MLX keeps its own reference to the group.

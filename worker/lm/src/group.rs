@@ -6,7 +6,13 @@ use crate::{
 };
 use mlx_cluster_common::{plan::Collective, tensor::TensorPlace};
 use mlx_rs::{Array, ops};
-use std::{cell::OnceCell, ffi::CStr, ops::Range, path::Path, rc::Rc};
+use std::{
+    cell::{OnceCell, RefCell},
+    ffi::CStr,
+    ops::Range,
+    path::Path,
+    rc::Rc,
+};
 
 /// MLX's ring reads the ranks' addresses from the file that this names, and its own rank from the second; whoever starts the process sets
 /// both.
@@ -16,9 +22,47 @@ pub const RANK_VARIABLE: &str = "MLX_RANK";
 const RING: &CStr = c"ring";
 const JACCL: &CStr = c"jaccl";
 
-/// The ranks of a stage. Blocks are built with it before it has formed; a collective before that is an error. Clones are the same group.
+thread_local! {
+    /// What collectives have to wait for; None outside of [`in_order`].
+    static LAST: RefCell<Option<Option<Array>>> = const { RefCell::new(None) };
+}
+
+/// Runs what builds a graph whose collectives are all to be met in the order in which they are called.
 ///
-/// Every rank has to call the same collectives in the same order, which holds when all apply the same steps: MLX orders them by the graph.
+/// Every rank has to run the same collectives in the same order. MLX orders what does not hang together by the shape of the graph, which
+/// differs between ranks with unequal shares; so each collective is made to wait for the one before it. What is built inside can be a traced
+/// function: it is a graph of its own.
+pub fn in_order<T>(build: impl FnOnce() -> T) -> T {
+    let outer = LAST.replace(Some(None));
+    let built = build();
+    LAST.replace(outer);
+    built
+}
+
+/// `array`, but not before the collectives so far.
+pub fn after_collectives(array: &Array) -> Result<Array, LmError> {
+    match LAST.with_borrow(|last| last.clone().flatten()) {
+        Some(last) => ffi::after(array, &last),
+        None => Ok(array.clone()),
+    }
+}
+
+/// Later collectives wait for this, inside of [`in_order`].
+pub fn collectives_wait_for(array: &Array) {
+    LAST.with_borrow_mut(|last| {
+        if let Some(last) = last {
+            *last = Some(array.clone());
+        }
+    });
+}
+
+fn ordered(array: &Array, collective: impl FnOnce(&Array) -> Result<Array, LmError>) -> Result<Array, LmError> {
+    let made = collective(&after_collectives(array)?)?;
+    collectives_wait_for(&made);
+    Ok(made)
+}
+
+/// The ranks of a stage. Blocks are built with it before it has formed; a collective before that is an error. Clones are the same group.
 #[derive(Debug, Clone)]
 pub struct Group(Rc<Inner>);
 
@@ -66,7 +110,8 @@ impl Group {
 
     /// The sum over all ranks, the same bits on each.
     pub fn all_sum(&self, array: &Array) -> Result<Array, LmError> {
-        ffi::all_sum(array, self.formed()?)
+        let group = self.formed()?;
+        ordered(array, |array| ffi::all_sum(array, group))
     }
 
     /// What rank 0 has, on every rank: for numbers that the ranks could compute differently.
@@ -83,7 +128,8 @@ impl Group {
         let flat = array.reshape(&[-1, own])?;
         let padded = if own == longest { flat } else { ops::pad(&flat, &[(0, 0), (0, longest - own)], None, None)? };
         let rows = padded.dim(0);
-        let all = ffi::all_gather(&padded.expand_dims(0)?, self.formed()?)?;
+        let group = self.formed()?;
+        let all = ordered(&padded.expand_dims(0)?, |array| ffi::all_gather(array, group))?;
         let part = |(rank, length): (i32, &i32)| {
             ffi::slice(&all, &[rank, 0, 0], &[rank + 1, rows, *length])?.reshape(&[rows, *length]).map_err(LmError::from)
         };

@@ -8,6 +8,7 @@ use crate::{
     compiled::{CompiledMix, Ends, Pieces, ROWS_MAX},
     error::LmError,
     ffi,
+    group::{Group, in_order},
     linear::Embedding,
     packing::{Packing, Span},
     parameters::Parameters,
@@ -45,6 +46,8 @@ pub struct Shard {
     passed_on: BTreeSet<u32>,
     sequences: Sequences,
     sampler: Sampler,
+    /// When the stage has several ranks.
+    group: Option<Group>,
 }
 
 /// What a step leaves.
@@ -90,7 +93,8 @@ impl Shard {
             ends,
             pieces: Some(pieces),
             sequences: Sequences::default(),
-            sampler: Sampler::of_group(group),
+            sampler: Sampler::of_group(group.clone()),
+            group,
         })
     }
 
@@ -147,8 +151,16 @@ impl Shard {
         self.zeros(self.range.start, tokens, dtype)
     }
 
-    /// Applies a step. `input` is what the stage before made of it; None on the first stage. The output is lazy.
+    /// Applies a step. `input` is what the stage before made of it; None on the first stage. The output is lazy, and has to be evaluated on
+    /// all ranks of a group.
     pub fn apply(&mut self, step: &Step, input: Option<Activations>) -> Result<StepOutput, LmError> {
+        match self.group {
+            Some(_) => in_order(|| self.apply_alone(step, input)),
+            None => self.apply_alone(step, input),
+        }
+    }
+
+    fn apply_alone(&mut self, step: &Step, input: Option<Activations>) -> Result<StepOutput, LmError> {
         self.admit_and_release(step)?;
         let is_last = self.ends.exit.is_some();
         if step.segments.is_empty() {

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     cache::Cache,
     error::LmError,
+    group::{after_collectives, collectives_wait_for},
     linear::Linear,
     packing::{Packing, Span},
     parameters::{Parameters, parameters},
@@ -125,8 +126,14 @@ pub fn over_spans(
     }
     let mut columns: Vec<Vec<Array>> = Vec::new();
     for (span, cache) in packing.spans.iter().zip(caches) {
-        let rows = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
-        for (column, y) in mix(&rows, cache)?.into_iter().enumerate() {
+        let mut rows = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
+        // Some mixers have collectives inside.
+        if let Some(first) = rows.first_mut() {
+            *first = after_collectives(first)?;
+        }
+        let outcomes = mix(&rows, cache)?;
+        outcomes.first().inspect(|y| collectives_wait_for(y));
+        for (column, y) in outcomes.into_iter().enumerate() {
             if columns.len() <= column {
                 columns.push(Vec::new());
             }
