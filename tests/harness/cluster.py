@@ -101,11 +101,11 @@ class Workers(Processes):
 class Coordinator:
     """`with Coordinator(workers, model) as c: c.post("/v1/completions", {...})`: the model is ready inside."""
 
-    def __init__(self, workers: Workers, model, *args: str):
+    def __init__(self, workers: Workers, model, *args: str, strategy: str = ""):
         self.workers, self.port = workers, free_port()
         self.name = f"coordinator-{self.port}"
         self.url = f"http://127.0.0.1:{self.port}"
-        strategy = "pipeline" if workers.count > 1 else "auto"
+        strategy = strategy or ("pipeline" if workers.count > 1 else "auto")
         self.args = ["--model", str(model), "--cluster", workers.cluster, "--http", f"127.0.0.1:{self.port}",
                      "--min-workers", str(workers.count), "--strategy", strategy, *args]
 

@@ -1,6 +1,6 @@
-"""Says the cluster what mlx-lm says? Tokens and log-probabilities of tiny random models, on one worker and split over two and three.
+"""Says the cluster what mlx-lm says? Tokens and log-probabilities of tiny random models, on one worker and split over two and three in every way.
 
-    python tests/parity/parity.py [--only TEXT] [--workers 1,2,3] [--seed N]
+    python tests/parity/parity.py [--only TEXT] [--layouts single,pipeline2,pipeline3,tensor2,tensor3,hybrid,unequal] [--seed N]
 
 The workers stay; each model gets one coordinator a layout. Ends with `N passed, N failed`.
 """
@@ -30,6 +30,30 @@ TOLERANCE = 2e-3
 # The second prompt is longer than a prefill chunk of its pipeline, and than the original context of the scaled RoPEs.
 PROMPT_TOKENS = [7, 700]
 NEW_TOKENS = 12
+
+
+@dataclass
+class Layout:
+    workers: int
+    strategy: str = ""
+    # Stages as `--stages` takes them, with the number of a middle layer and of the last one to fill in.
+    stages: str = ""
+
+    def args(self, n_layers: int) -> list[str]:
+        cut = max(n_layers // 2 - 1, 0)
+        return ["--stages", self.stages.format(cut=cut, after=cut + 1, last=n_layers - 1)] if self.stages else []
+
+
+LAYOUTS = {
+    "single": Layout(1),
+    "pipeline2": Layout(2),
+    "pipeline3": Layout(3),
+    "tensor2": Layout(2, "tensor"),
+    "tensor3": Layout(3, "tensor"),
+    "hybrid": Layout(3, stages="worker1+worker0:0-{cut},worker2:{after}-{last}"),
+    "hybrid-end": Layout(3, stages="worker2:0-{cut},worker0+worker1:{after}-{last}"),
+    "unequal": Layout(2, stages="worker0*2+worker1:0-{last}"),
+}
 
 
 @dataclass
@@ -77,8 +101,8 @@ def compare(wanted: Reference, choice: dict) -> str | None:
     return None
 
 
-def ask(workers: Workers, folder: Path, references: list[Reference]) -> str | None:
-    with Coordinator(workers, folder) as coordinator:
+def ask(workers: Workers, layout: Layout, n_layers: int, folder: Path, references: list[Reference]) -> str | None:
+    with Coordinator(workers, folder, *layout.args(n_layers), strategy=layout.strategy) as coordinator:
         for wanted in references:
             choice = coordinator.complete(wanted.prompt, NEW_TOKENS, temperature=0, logprobs=1, echo=True)
             if why := compare(wanted, choice):
@@ -89,14 +113,14 @@ def ask(workers: Workers, folder: Path, references: list[Reference]) -> str | No
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
-    parser.add_argument("--workers", default="1,2,3")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     report = Report()
-    counts = [int(count) for count in args.workers.split(",")]
+    layouts = {name: LAYOUTS[name] for name in args.layouts.split(",")}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-")))
-        clusters = [stack.enter_context(Workers(count)) for count in counts]
+        clusters = {count: stack.enter_context(Workers(count)) for count in {layout.workers for layout in layouts.values()}}
         for number, case in enumerate(models.cases()):
             if args.only not in case.name:
                 continue
@@ -105,8 +129,11 @@ def main() -> None:
             random_ids = random.Random(args.seed + number)
             prompts = [random_ids.choices(range(256), k=count) for count in PROMPT_TOKENS]
             references = [reference(model, prompt) for prompt in prompts]
-            for workers in clusters:
-                report.check(f"{case.name}, {workers.count} worker{'s'[: workers.count > 1]}", ask, workers, folder, references)
+            n_layers = case.config["num_hidden_layers"]
+            # A cut that layers with shared keys and values reach across does not meet a group.
+            fitting = {name: layout for name, layout in layouts.items() if not (case.config.get("num_kv_shared_layers") and "hybrid" in name)}
+            for name, layout in fitting.items():
+                report.check(f"{case.name}, {name}", ask, clusters[layout.workers], layout, n_layers, folder, references)
     report.close()
 
 
