@@ -1,4 +1,4 @@
-"""Speed and memory as ratios within one run: `bench.py [--only decode,memory,pipeline,hop,server] [--rounds 5]`.
+"""Speed and memory as ratios within one run: `bench.py [--only decode,memory,pipeline,tensor,hop,server] [--rounds 5]`.
 
 Every ratio is the median of paired rounds (first one side, then the other), shown with its smallest and largest. Run it on a quiet
 machine. A figure that misses its target is printed as such; the exit status does not depend on it.
@@ -44,8 +44,8 @@ class PinnedWorkers(Workers):
 
 
 @contextlib.contextmanager
-def cluster(model: str, workers: int = 1, pinned: bool = False, *args: str):
-    with (PinnedWorkers if pinned else Workers)(workers) as nodes, Coordinator(nodes, models.path(model), *args) as coordinator:
+def cluster(model: str, workers: int = 1, pinned: bool = False, strategy: str = ""):
+    with (PinnedWorkers if pinned else Workers)(workers) as nodes, Coordinator(nodes, models.path(model), strategy=strategy) as coordinator:
         yield coordinator
 
 
@@ -86,8 +86,12 @@ def family(pid: int) -> list[int]:
 
 
 def resident_bytes(pid: int) -> int:
+    return status_bytes(pid, "VmRSS")
+
+
+def status_bytes(pid: int, name: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def pipeline(rounds: int) -> None:
@@ -105,6 +109,30 @@ def pipeline(rounds: int) -> None:
             prefill.append(seconds[0] / seconds[1])
     row("decode of 8 requests, two workers / one", decoding, 1.7)
     row("prefill of a 1,024-token prompt, two workers / one", prefill, 1.7)
+
+
+def tensor(rounds: int) -> None:
+    """A tensor-parallel group of two workers against one, a core each; and what each of its engines has in memory, now and at most."""
+    decoding, batch, prefill = [], [], []
+    ids, short = load.prompt(64, 1), [load.prompt(8, i) for i in range(4)]
+    with cluster("wide-layers", 1, True) as one, cluster("wide-layers", 2, True, "tensor") as two:
+        for url in (one.url, two.url):
+            load.speeds(url, ids, 8), load.together(url, short, 2)
+        for _ in range(rounds):
+            (ours, theirs) = (load.speeds(url, ids, 32) for url in (two.url, one.url))
+            prefill.append(ours[0] / theirs[0])
+            decoding.append(ours[1] / theirs[1])
+            seconds = [load.together(url, short, 24) - load.together(url, short, 1) for url in (one.url, two.url)]
+            batch.append(seconds[0] / seconds[1])
+        size = sum(file.stat().st_size for file in models.path("wide-layers").glob("*.safetensors"))
+        engines = [pid for process in two.workers.running.values() for pid in family(process.pid)[1:]]
+        allowed = 0.55 * size + MEMORY_BASE
+        resident, peak = ([status_bytes(pid, line) / allowed for pid in engines] for line in ("VmRSS", "VmHWM"))
+    row("decode of one request, tensor-parallel over two / one worker", decoding, 1.6)
+    row("decode of 4 requests, tensor-parallel over two / one worker", batch, 1.6)
+    row("prefill of 64 tokens, tensor-parallel over two / one worker", prefill, 1.6)
+    row("resident memory of a rank / (0.55 x the model + 150 MB)", resident, 1.0, at_most=True)
+    row("peak memory of a rank / (0.55 x the model + 150 MB)", peak, 1.0, at_most=True)
 
 
 def hop(rounds: int) -> None:
@@ -148,7 +176,7 @@ def server(rounds: int) -> None:
     row("16 streams, tokens/s, two workers / mlx_lm.server", rates[2], 1.7)
 
 
-PARTS = {"decode": decode, "memory": memory, "hop": hop, "pipeline": pipeline, "server": server}
+PARTS = {"decode": decode, "memory": memory, "hop": hop, "pipeline": pipeline, "tensor": tensor, "server": server}
 
 
 def main() -> None:
