@@ -124,7 +124,8 @@ impl WeightFiles {
         let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
         for (file, header) in headers {
             for (tensor, slot) in header.tensors {
-                let entry = TensorEntry { file: file.clone(), dtype: slot.dtype, shape: slot.shape, bytes: slot.bytes };
+                let entry =
+                    TensorEntry { file: file.clone(), dtype: slot.dtype, shape: slot.shape, offset: slot.offset, bytes: slot.bytes };
                 if let Some(first) = tensors.insert(tensor.clone(), entry) {
                     return Err(IndexError::TensorTwice { model: model.to_owned(), tensor, first: first.file, second: file });
                 }

@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn norms_of_published_models_get_one_added() {
         let recipe = |name: &str, elsewhere: &str| {
-            let entry = TensorEntry { file: "a.safetensors".into(), dtype: DType::BF16, shape: vec![64], bytes: 128 };
+            let entry = TensorEntry { file: "a.safetensors".into(), dtype: DType::BF16, shape: vec![64], offset: 0, bytes: 128 };
             let index = WeightIndex { tensors: [(name.into(), entry)].into(), elsewhere: [elsewhere.into()].into() };
             let mut tensors = Tensors::new(&index);
             super::published(&read_spec(&tiny("qwen3_5")).expect("valid"), &mut tensors).expect("applies");

@@ -80,7 +80,7 @@ fn time_steps_have_two_bounds() {
 /// What becomes of tensors of these names and shapes.
 fn published(spec: &ModelSpec, tensors: &[(&str, &[u64])]) -> Tensors {
     let entry = |(name, shape): &(&str, &[u64])| {
-        (name.to_string(), TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape: shape.to_vec(), bytes: 0 })
+        (name.to_string(), TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape: shape.to_vec(), offset: 0, bytes: 0 })
     };
     let mut tensors = Tensors::new(&WeightIndex { tensors: tensors.iter().map(entry).collect(), ..WeightIndex::default() });
     spec.published.apply(spec, &mut tensors).expect("applies");

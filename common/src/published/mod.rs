@@ -1,12 +1,14 @@
 //! From the names and layouts that a checkpoint was published with to those that blocks ask for: what mlx-lm's `sanitize` does with
 //! arrays, done with names and shapes alone, so that the planner knows every parameter before a byte is read.
 
+mod gather;
 mod layouts;
 mod recipe;
 mod select;
 mod symbolic;
 mod tensors;
 
+pub use gather::Piece;
 pub use layouts::LatentUpProjection;
 pub use recipe::{Affine, QuantisedPiece, Recipe, SourceTensor};
 pub use select::Span;

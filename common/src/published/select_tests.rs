@@ -316,6 +316,46 @@ fn a_verb_that_selects_is_what_it_says() {
     }
 }
 
+/// The bytes that a recipe makes, put together from its pieces.
+fn gathered(tensor: &SymbolicTensor) -> Vec<u8> {
+    let mut bytes = vec![0; tensor.bytes() as usize];
+    for piece in tensor.recipe.pieces().expect("gathered") {
+        let (from, size) = (source(piece.source), piece.source.dtype.size() as usize);
+        let counts: Vec<_> = piece.spans.iter().map(Span::count).collect();
+        from.with(&counts, |index| {
+            let entries: Vec<_> = index.iter().zip(&piece.spans).map(|(i, span)| span.start + i * span.step).collect();
+            let at = index.iter().zip(&piece.strides).fold(piece.offset, |at, (i, stride)| at + i * stride) as usize;
+            bytes[at..at + size].copy_from_slice(&from.at(&entries).to_le_bytes()[..size]);
+            0
+        });
+    }
+    bytes
+}
+
+#[test]
+fn pieces_make_up_what_is_gathered() {
+    let mut random = Random(7);
+    let mut found = 0;
+    for round in 0..6000 {
+        let shape = random.shape();
+        let dtype = random.of(&[DType::U8, DType::F16, DType::U32]);
+        let mut tensor = random.leaf(dtype, &shape);
+        for _ in 0..random.below(6) {
+            let next = random.step(tensor.clone());
+            tensor = if next.recipe.is_gathered() { next } else { tensor };
+        }
+        let axis = random.below(tensor.shape.len() as u64) as usize;
+        let ranges = random.ranges(tensor.shape[axis]);
+        let selected = tensor.clone().select(axis, &ranges).expect("inside");
+        if selected.recipe.is_gathered() {
+            found += 1;
+            assert_eq!(gathered(&selected), evaluated(&selected.recipe).bytes(), "round {round}: {tensor:?} {axis} {ranges:?}");
+            assert_eq!((selected.recipe.gathered_type(), selected.transient_bytes), (Some((selected.dtype, selected.shape)), 0));
+        }
+    }
+    assert!(found > 5000, "{found}");
+}
+
 /// Elements of tensors of the checkpoint that a recipe reads.
 fn elements_read(recipe: &Recipe) -> u64 {
     match recipe {

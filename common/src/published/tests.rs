@@ -17,7 +17,7 @@ fn float(shape: &[u64]) -> SymbolicTensor {
 
 fn tensors(list: &[(&str, DType, &[u64])]) -> Tensors {
     let entry = |(name, dtype, shape): &(&str, DType, &[u64])| {
-        let entry = TensorEntry { file: "model.safetensors".into(), dtype: *dtype, shape: shape.to_vec(), bytes: 0 };
+        let entry = TensorEntry { file: "model.safetensors".into(), dtype: *dtype, shape: shape.to_vec(), offset: 0, bytes: 0 };
         (name.to_string(), entry)
     };
     Tensors::new(&WeightIndex { tensors: list.iter().map(entry).collect(), ..WeightIndex::default() })
@@ -246,7 +246,7 @@ fn every_architecture_leaves_canonical_names_alone() {
         let spec = read_spec(&tiny(model_type)).expect(model_type);
         let mut index = WeightIndex::default();
         for weight in spec.parts().into_iter().flat_map(|part| spec.weights(part)) {
-            let entry = TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape: vec![4, 4], bytes: 32 };
+            let entry = TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape: vec![4, 4], offset: 0, bytes: 32 };
             index.tensors.insert(format!("{}.weight", weight.path()), entry);
         }
         let mut found = Tensors::new(&index);

@@ -29,6 +29,8 @@ pub struct TensorEntry {
     pub file: String,
     pub dtype: DType,
     pub shape: Vec<u64>,
+    /// Where its bytes start, from the start of the file.
+    pub offset: u64,
     pub bytes: u64,
 }
 

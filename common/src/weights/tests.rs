@@ -12,7 +12,7 @@ fn moe() -> ModelSpec {
 
 fn entry(dtype: DType, shape: Vec<u64>) -> TensorEntry {
     let bytes = shape.iter().product::<u64>() * dtype.size();
-    TensorEntry { file: "model.safetensors".into(), dtype, shape, bytes }
+    TensorEntry { file: "model.safetensors".into(), dtype, shape, offset: 0, bytes }
 }
 
 /// The index of a checkpoint as Hugging Face has it: experts one by one; quantised where asked.

@@ -61,6 +61,23 @@ pub fn array_from_bytes(bytes: &[u8], shape: &[i32], dtype: DType) -> Option<Arr
     Some(unsafe { Array::from_raw_data(bytes.as_ptr().cast::<c_void>(), shape, to_mlx(dtype)) })
 }
 
+/// An array whose row-major bytes `fill` writes to where MLX keeps them; they are zeros before.
+pub fn array_filled(shape: &[i32], dtype: DType, fill: impl FnOnce(&mut [u8]) -> Result<(), LmError>) -> Result<Array, LmError> {
+    let array = ops::zeros_dtype(shape, to_mlx(dtype))?;
+    array.eval()?;
+    // SAFETY: the array is evaluated, fresh and row-contiguous, so its data is `nbytes` initialised bytes on the heap of MLX, which live as
+    // long as `array`. Nobody else knows the array, so nobody else reads or writes them during the call.
+    let bytes = unsafe {
+        let data = mlx_sys::mlx_array_data_uint8(array.as_ptr());
+        if data.is_null() {
+            return Err(LmError::Mlx("an evaluated array has no data".into()));
+        }
+        std::slice::from_raw_parts_mut(data.cast_mut(), array.nbytes())
+    };
+    fill(bytes)?;
+    Ok(array)
+}
+
 /// The bytes of an array, row-major: evaluates it, and copies once.
 pub fn array_to_bytes(array: &Array) -> Result<Vec<u8>, LmError> {
     // An array that is a view of another buffer (a slice, a transpose) is laid out anew first.

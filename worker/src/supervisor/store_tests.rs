@@ -110,7 +110,9 @@ fn index_of(spec: &ModelSpec) -> WeightIndex {
         };
         let layer = path.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
         let bytes = 4 * shape.iter().product::<u64>();
-        index.tensors.insert(format!("{path}.weight"), TensorEntry { file: file_of(layer).to_owned(), dtype: DType::F32, shape, bytes });
+        index
+            .tensors
+            .insert(format!("{path}.weight"), TensorEntry { file: file_of(layer).to_owned(), dtype: DType::F32, shape, offset: 0, bytes });
     }
     index
 }

@@ -29,7 +29,7 @@ fn model_of(config: &serde_json::Value) -> (ModelSpec, WeightMap) {
     let mut index = WeightIndex::default();
     let mut add = |name: String, shape: Vec<u64>| {
         let bytes = shape.iter().product::<u64>() * 4;
-        index.tensors.insert(name, TensorEntry { file: "model.safetensors".into(), dtype: DType::F32, shape, bytes });
+        index.tensors.insert(name, TensorEntry { file: "model.safetensors".into(), dtype: DType::F32, shape, offset: 0, bytes });
     };
     for weight in spec.parts().into_iter().flat_map(|part| spec.weights(part)) {
         let name = format!("{}.weight", weight.path());

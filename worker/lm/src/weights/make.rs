@@ -1,6 +1,6 @@
 //! Makes a parameter by its recipe. [`Recipe`] says what each kind means.
 
-use super::sources::Sources;
+use super::files::Files;
 use crate::{error::LmError, ffi};
 use mlx_cluster_common::published::{QuantisedPiece, Recipe};
 use mlx_rs::{
@@ -10,50 +10,53 @@ use mlx_rs::{
 };
 
 /// Evaluated, so that the bytes are read now, and row-major in a buffer of its own, so that what it was made of can go.
-pub(super) fn made<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
-    let array = match recipe {
-        Recipe::Tensor(source) => sources.take(&source.name)?,
-        _ => graph(recipe, sources)?.contiguous()?,
-    };
+pub(super) fn made(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
+    if let Some(array) = files.gather(recipe)? {
+        return Ok(array);
+    }
+    let array = graph(recipe, files)?.contiguous()?;
     transforms::eval([&array])?;
     Ok(array)
 }
 
-fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmError> {
+fn graph(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
+    if let Some(array) = files.gather(recipe)? {
+        return Ok(array);
+    }
     Ok(match recipe {
-        Recipe::Tensor(source) => sources.take(&source.name)?,
-        Recipe::Stack(of) => stack(of, sources)?,
-        Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, sources)?, small(*axis as u64)?)?,
+        Recipe::Tensor(source) => return Err(LmError::NotLoaded { name: source.name.clone() }),
+        Recipe::Stack(of) => stack(of, files)?,
+        Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, files)?, small(*axis as u64)?)?,
         Recipe::Slice { of, axis, start, stop, step } => {
             let (axis, range, step) = (small(*axis as u64)?, small(*start)?..small(*stop)?, small(*step)?);
-            graph(of, sources)?.swap_axes(axis, 0)?.try_index(range.stride_by(step))?.swap_axes(axis, 0)?
+            graph(of, files)?.swap_axes(axis, 0)?.try_index(range.stride_by(step))?.swap_axes(axis, 0)?
         }
-        Recipe::Reshape { of, shape } => graph(of, sources)?.reshape(&small_shape(shape)?)?,
+        Recipe::Reshape { of, shape } => graph(of, files)?.reshape(&small_shape(shape)?)?,
         Recipe::Transpose { of, axes } => {
             let axes = axes.iter().map(|axis| small(*axis as u64)).collect::<Result<Vec<_>, _>>()?;
-            graph(of, sources)?.transpose_axes(&axes)?
+            graph(of, files)?.transpose_axes(&axes)?
         }
-        Recipe::View { of, dtype } => graph(of, sources)?.view_dtype(ffi::to_mlx(*dtype))?,
+        Recipe::View { of, dtype } => graph(of, files)?.view_dtype(ffi::to_mlx(*dtype))?,
         Recipe::Add { of, addend } => {
-            let array = graph(of, sources)?;
+            let array = graph(of, files)?;
             ops::add(&array, number(*addend, &array)?)?
         }
         Recipe::Scale { of, factor } => {
-            let array = graph(of, sources)?;
+            let array = graph(of, files)?;
             ops::multiply(&array, number(*factor, &array)?)?
         }
-        Recipe::ScaleRows { of, runs } => scale_rows(&graph(of, sources)?, runs)?,
-        Recipe::NormaliseColumns { of, eps } => normalise_columns(&graph(of, sources)?, *eps)?,
+        Recipe::ScaleRows { of, runs } => scale_rows(&graph(of, files)?, runs)?,
+        Recipe::NormaliseColumns { of, eps } => normalise_columns(&graph(of, files)?, *eps)?,
         Recipe::Fp8 { weight, scales, block } => {
-            let (weight, scales) = (graph(weight, sources)?, graph(scales, sources)?);
+            let (weight, scales) = (graph(weight, files)?, graph(scales, files)?);
             dequantise_fp8(&weight, &scales, *block)?
         }
         Recipe::Dequantise { weight, scales, biases, affine } => {
-            let (weight, scales, biases) = (graph(weight, sources)?, graph(scales, sources)?, graph(biases, sources)?);
+            let (weight, scales, biases) = (graph(weight, files)?, graph(scales, files)?, graph(biases, files)?);
             ops::dequantize(weight, scales, &biases, affine.group_size as i32, affine.bits as i32)?
         }
         Recipe::Quantise { of, affine, piece } => {
-            let (weight, scales, biases) = ops::quantize(graph(of, sources)?, affine.group_size as i32, affine.bits as i32)?;
+            let (weight, scales, biases) = ops::quantize(graph(of, files)?, affine.group_size as i32, affine.bits as i32)?;
             match piece {
                 QuantisedPiece::Weight => weight,
                 QuantisedPiece::Scales => scales,
@@ -64,10 +67,10 @@ fn graph<'a>(recipe: &'a Recipe, sources: &mut Sources<'a>) -> Result<Array, LmE
 }
 
 /// Members are made one after the other and written into the stack in place, so that only one of them is there beside it.
-fn stack<'a>(of: &'a [Recipe], sources: &mut Sources<'a>) -> Result<Array, LmError> {
+fn stack(of: &[Recipe], files: &mut Files) -> Result<Array, LmError> {
     let mut stack: Option<Array> = None;
     for (i, recipe) in (0..).zip(of) {
-        let member = graph(recipe, sources)?.expand_dims(0)?;
+        let member = graph(recipe, files)?.expand_dims(0)?;
         let start: Vec<i32> = (0..member.ndim()).map(|axis| if axis == 0 { i } else { 0 }).collect();
         let stop: Vec<i32> = start.iter().zip(member.shape()).map(|(start, dim)| start + dim).collect();
         let whole = match stack.take() {
@@ -91,8 +94,8 @@ fn empty_stack(member: &Array, n: usize) -> Result<Array, LmError> {
     Ok(empty)
 }
 
-fn members<'a>(of: &'a [Recipe], sources: &mut Sources<'a>) -> Result<Vec<Array>, LmError> {
-    of.iter().map(|recipe| graph(recipe, sources)).collect()
+fn members(of: &[Recipe], files: &mut Files) -> Result<Vec<Array>, LmError> {
+    of.iter().map(|recipe| graph(recipe, files)).collect()
 }
 
 fn scale_rows(array: &Array, runs: &[(u64, f32)]) -> Result<Array, LmError> {

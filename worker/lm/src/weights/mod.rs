@@ -1,13 +1,15 @@
 //! Loads exactly the tensors of a shard, each once, and hands them to the blocks by name.
 
+mod copies;
+mod files;
 mod make;
-mod sources;
 
 use crate::{
     error::LmError,
     ffi,
     group::{Group, Vocabulary},
 };
+use files::Files;
 use make::made;
 use mlx_cluster_common::{
     spec::Part,
@@ -15,7 +17,6 @@ use mlx_cluster_common::{
     weights::{WeightIndex, WeightMap},
 };
 use mlx_rs::{Array, memory};
-use sources::Sources;
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
@@ -26,6 +27,7 @@ use std::{
 #[derive(Debug, Default)]
 pub struct Weights {
     arrays: BTreeMap<String, Array>,
+    bytes_read: u64,
     rank: Option<RankOf>,
 }
 
@@ -37,11 +39,11 @@ struct RankOf {
 }
 
 impl Weights {
-    /// Reads these parts. The files' headers were checked when `index` was made; what is loaded is compared with it.
+    /// Reads these parts: of each tensor the entries that the parameters are made of. The files' headers were checked when `index` was made;
+    /// a file whose length is another since is refused.
     /// `progress` is told the bytes that are in memory, after each parameter.
     ///
-    /// At most, memory holds the parameters made so far, what the next one is made of (`Parameter::transient_bytes`), and tensors of which
-    /// parameters that come later want another piece: the halves of a fused matrix follow one another, so that is one such matrix.
+    /// At most, memory holds the parameters made so far, what the next one is made of (`Parameter::transient_bytes`), and a few MiB.
     pub fn load(
         folder: &Path,
         index: &WeightIndex,
@@ -51,11 +53,11 @@ impl Weights {
     ) -> Result<Self, LmError> {
         let parts: BTreeSet<_> = parts.iter().collect();
         let parameters: Vec<_> = parts.iter().filter_map(|part| map.parts.get(part)).flatten().collect();
-        let mut sources = Sources::new(folder, index, &parameters);
+        let mut files = Files::new(folder, index);
         let mut arrays = BTreeMap::new();
         let mut done = 0;
         for parameter in parameters {
-            let array = made(&parameter.recipe, &mut sources)?;
+            let array = made(&parameter.recipe, &mut files)?;
             let same_shape = array.shape().iter().map(|dim| *dim as u64).eq(parameter.shape.iter().copied());
             if !same_shape || ffi::from_mlx(array.dtype()) != Some(parameter.dtype) {
                 return Err(LmError::Made {
@@ -67,15 +69,22 @@ impl Weights {
             done += parameter.bytes;
             progress(done);
             arrays.insert(parameter.name.clone(), array);
+            if parameter.transient_bytes > 0 {
+                // Buffers that held what the parameter was made of.
+                memory::clear_cache()?;
+            }
         }
-        // Buffers that held what parameters were made of.
-        memory::clear_cache()?;
-        Ok(Self { arrays, rank: None })
+        Ok(Self { arrays, bytes_read: files.bytes_read(), rank: None })
     }
 
     /// For tests and tools that make their own arrays.
     pub fn from_arrays(arrays: impl IntoIterator<Item = (String, Array)>) -> Self {
-        Self { arrays: arrays.into_iter().collect(), rank: None }
+        Self { arrays: arrays.into_iter().collect(), ..Self::default() }
+    }
+
+    /// Bytes that were read from files: those that parameters are made of, and short gaps between them.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
     }
 
     /// Says that these are a rank's, whose blocks add up what they make over its group.

@@ -1,5 +1,8 @@
 //! Every kind of recipe on small tensors, read from a file as an engine does it.
 
+// Lists of one range are meant.
+#![allow(clippy::single_range_in_vec_init)]
+
 use super::*;
 use mlx_cluster_common::{
     dtype::DType,
@@ -8,6 +11,7 @@ use mlx_cluster_common::{
 };
 use mlx_rs::{Dtype, ops};
 use serde_json::json;
+use std::ops::Range;
 
 /// A file of tensors, removed with this.
 struct Checkpoint {
@@ -26,10 +30,12 @@ impl Checkpoint {
                 .insert(name.to_string(), json!({"dtype": dtype, "shape": shape, "data_offsets": [data.len(), data.len() + bytes.len()]}));
             data.extend(bytes);
             let dtype = DType::from_safetensors(dtype).expect("known");
-            let entry = TensorEntry { file: "model.safetensors".into(), dtype, shape: shape.to_vec(), bytes: bytes.len() as u64 };
+            let offset = (data.len() - bytes.len()) as u64;
+            let entry = TensorEntry { file: "model.safetensors".into(), dtype, shape: shape.to_vec(), offset, bytes: bytes.len() as u64 };
             index.tensors.insert(name.to_string(), entry);
         }
         let header = serde_json::to_vec(&header).expect("JSON");
+        index.tensors.values_mut().for_each(|entry| entry.offset += 8 + header.len() as u64);
         let file = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
         std::fs::write(folder.join("model.safetensors"), file).expect("written");
         Self { folder, index }
@@ -209,4 +215,144 @@ fn a_stack_is_not_there_twice_while_it_is_made() {
     let peak = memory::peak_memory().expect("counted").saturating_sub(before);
     assert!(floats(&made).iter().all(|number| *number == 2.0));
     assert!(peak < bytes + transient_bytes && transient_bytes < bytes / 2, "{peak} bytes for {bytes} and {transient_bytes}");
+}
+
+/// `[rows, columns]` of the numbers 0, 1, 2, ...
+fn counted(test: &str, rows: u64, columns: u64) -> Checkpoint {
+    Checkpoint::new(test, &[("x", "F32", &[rows, columns], f32_bytes((0..rows * columns).map(|i| i as f32)))])
+}
+
+/// What the entries of both axes are in `counted`.
+fn picked(rows: &[Range<u64>], columns: &[Range<u64>], width: u64) -> Vec<f32> {
+    let columns: Vec<u64> = columns.iter().cloned().flatten().collect();
+    rows.iter().cloned().flatten().flat_map(|row| columns.iter().map(move |column| (row * width + column) as f32)).collect()
+}
+
+#[test]
+fn selections_read_what_they_need() {
+    // Rows of 6,000 numbers, so that columns are read one by one, or, where they are near one another, in blocks.
+    let (rows, width) = (700, 6000);
+    let file = counted("selections", rows, width);
+    let all = |dim: u64| vec![0..dim];
+    let cases = [
+        (vec![100..350], all(width), 1.0),
+        (vec![500..700, 3..4, 10..20], all(width), 1.0),
+        (all(rows), vec![0..3000], 2.0),
+        (all(rows), vec![3000..6000], 2.0),
+        (all(rows), vec![5..1005, 4000..5000], 2.0),
+        (all(rows), vec![5990..6000], 1.0),
+        (vec![1..2, 40..640], vec![7..4007], 2.0),
+    ];
+    for (rows, columns, most) in cases {
+        let x = file.tensor("x").select(0, &rows).and_then(|x| x.select(1, &columns)).expect("inside");
+        let bytes = x.bytes();
+        let mut weights = file.load(&[("a", x)]);
+        assert!(floats(&weights.take("a").expect("there")) == picked(&rows, &columns, width), "{rows:?} {columns:?}");
+        let read = weights.bytes_read() as f64 / bytes as f64;
+        assert!((1.0..=most).contains(&read), "{rows:?} {columns:?}: {read}");
+    }
+}
+
+#[test]
+fn parts_are_put_side_by_side_as_they_are_read() {
+    let file = small();
+    let (x, y) = (file.tensor("x"), file.tensor("y"));
+    let left = |tensor: &SymbolicTensor| tensor.clone().slice(1, 0, 2).expect("inside");
+    let wide = SymbolicTensor::concatenate(vec![left(&x), y.clone().every(1, 1, 2).expect("inside")], 1).expect("fits");
+    assert_eq!(file.numbers(Ok(wide.clone()))[..8], [0.0, 1.0, 101.0, 103.0, 4.0, 5.0, 105.0, 107.0]);
+    let stack = SymbolicTensor::stack(vec![wide.clone(), wide]).and_then(|stack| stack.select(2, &[3..4, 0..1]));
+    assert_eq!(file.numbers(stack)[..6], [103.0, 0.0, 107.0, 4.0, 111.0, 8.0]);
+    assert_eq!(file.load(&[("x", x), ("half", left(&y))]).bytes_read(), 48 + 40);
+}
+
+#[test]
+fn quantised_columns_are_cut_at_groups() {
+    let numbers: Vec<f32> = (0..6 * 128).map(|i| ((i * 5) % 23) as f32 / 4.0).collect();
+    let (weight, scales, biases) = ops::quantize(Array::from_slice(&numbers, &[6, 128]), 32, 4).expect("quantised");
+    let bytes = |array: &Array| ffi::array_to_bytes(array).expect("bytes");
+    let file = Checkpoint::new(
+        "affine-columns",
+        &[
+            ("weight", "U32", &[6, 16], bytes(&weight)),
+            ("scales", "F32", &[6, 4], bytes(&scales)),
+            ("biases", "F32", &[6, 4], bytes(&biases)),
+        ],
+    );
+    let own = |name: &str, ranges: &[Range<u64>]| file.tensor(name).select(1, ranges).expect("inside");
+    let groups = [3..4, 0..2];
+    let mut weights = file.load(&[("w", own("weight", &[12..16, 0..8])), ("s", own("scales", &groups)), ("b", own("biases", &groups))]);
+    let mut take = |name: &str| weights.take(name).expect("there");
+    let own = floats(&ops::dequantize(take("w"), take("s"), &take("b"), 32, 4).expect("dense"));
+    let whole = floats(&ops::dequantize(&weight, &scales, &biases, 32, 4).expect("dense"));
+    let wanted = whole.chunks(128).flat_map(|row| row[96..].iter().chain(&row[..64]).copied().collect::<Vec<_>>());
+    assert_eq!(own, wanted.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_file_that_is_another_since_is_named() {
+    let file = small();
+    let path = file.folder.join("model.safetensors");
+    let load = || {
+        let parameter = Parameter::new("a".into(), file.tensor("x"));
+        let map = WeightMap { parts: BTreeMap::from([(Part::Embedding, vec![parameter])]), activation_dtype: None };
+        Weights::load(&file.folder, &file.index, &map, &[Part::Embedding], |_| {}).expect_err("refused").to_string()
+    };
+    let bytes = std::fs::read(&path).expect("there");
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).expect("written");
+    let message = load();
+    assert!(message.contains("`x`") && message.contains("model.safetensors") && message.contains("changed"), "{message}");
+    std::fs::remove_file(&path).expect("removed");
+    assert!(load().contains("cannot read the weights in model.safetensors"));
+}
+
+/// Set for the process that the next test measures.
+#[cfg(target_os = "linux")]
+const MEASURED_FOLDER: &str = "MLX_CLUSTER_TEST_MEASURED_FOLDER";
+
+#[cfg(target_os = "linux")]
+#[test]
+fn half_a_model_takes_half_its_memory_while_it_loads() {
+    if let Some(folder) = std::env::var_os(MEASURED_FOLDER) {
+        return print_growth(Path::new(&folder));
+    }
+    let names = ["a", "b", "c", "d"];
+    let tensors = names.map(|name| (name, "F32", &[2048u64, 3072][..], vec![1u8; 2048 * 3072 * 4]));
+    let file = Checkpoint::new("peak", &tensors);
+    // A process of its own, because tests of one process share its memory.
+    let output = std::process::Command::new(std::env::current_exe().expect("this"))
+        .args(["--exact", "weights::tests::half_a_model_takes_half_its_memory_while_it_loads", "--nocapture"])
+        .env(MEASURED_FOLDER, &file.folder)
+        .output()
+        .expect("runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let grown = text.split_once("grew by ").and_then(|(_, rest)| rest.split_whitespace().next()).expect("measured");
+    let (grown, model) = (grown.parse::<u64>().expect("a number"), 4 * 2048 * 3072 * 4);
+    assert!(grown > model / 2 && grown < model * 55 / 100 + (8 << 20), "{grown} bytes for half of {model}");
+}
+
+/// Loads half of each tensor, rows of the first two and columns of the others.
+#[cfg(target_os = "linux")]
+fn print_growth(folder: &Path) {
+    let index = mlx_cluster_hub::folder_weight_index(folder).expect("a checkpoint");
+    let parameter = |(i, (name, entry)): (usize, (&String, &TensorEntry))| {
+        let whole = Parameter::new(name.clone(), SymbolicTensor::of_checkpoint(name, entry.dtype, entry.shape.clone()));
+        let axis = i / 2;
+        whole.select(axis, &[entry.shape[axis] / 2..entry.shape[axis]]).expect("inside")
+    };
+    let parameters = index.tensors.iter().enumerate().map(parameter).collect();
+    let map = WeightMap { parts: BTreeMap::from([(Part::Embedding, parameters)]), activation_dtype: None };
+    // What MLX takes for itself.
+    floats(&Array::from_slice(&[1.0f32, 2.0], &[2]));
+    let before = resident_bytes("VmRSS:");
+    let mut weights = Weights::load(folder, &index, &map, &[Part::Embedding], |_| {}).expect("loads");
+    println!("grew by {} bytes", resident_bytes("VmHWM:") - before);
+    assert_eq!(weights.take("d").expect("there").shape(), [2048, 1536]);
+}
+
+/// A size of this process, as Linux counts it.
+#[cfg(target_os = "linux")]
+fn resident_bytes(label: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("readable");
+    let size = status.lines().find_map(|line| line.strip_prefix(label)).expect("there");
+    size.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
