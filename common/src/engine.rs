@@ -151,5 +151,7 @@ pub enum EngineState {
         cause: String,
         output: Vec<String>,
         retry_in_ms: Option<u64>,
+        /// The worker whose engine it lost, when that is why it ended: then it is not at fault itself.
+        lost: Option<String>,
     },
 }

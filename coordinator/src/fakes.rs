@@ -185,7 +185,7 @@ impl FakeWorker {
         let (id, process) = processes.pop_first().expect("an engine");
         let incarnation = process.incarnation + 1;
         drop(process);
-        let failed = wire::Failed { cause: "engine killed by signal 9".into(), output: Vec::new(), retry_in_ms: Some(100) };
+        let failed = wire::Failed { cause: "engine killed by signal 9".into(), output: Vec::new(), retry_in_ms: Some(100), lost: None };
         self.tell(&id, State::Failed(failed));
         tokio::time::sleep(Duration::from_millis(100)).await;
         let process = Process::start(Arc::clone(&self.told), incarnation).await;

@@ -17,7 +17,7 @@ use crate::{
 use mlx_cluster_common::{
     cache::CacheOptions,
     ids::{ClusterName, NodeId},
-    plan::{Strategy, ToldStage},
+    plan::{Collective, Strategy, ToldStage},
     request::EngineLoad,
 };
 use mlx_cluster_proto::{net, wire::Hello};
@@ -62,6 +62,7 @@ pub struct CoordinatorOptions {
     pub split: Option<Vec<u32>>,
     /// Which workers hold which layers, exactly.
     pub stages: Option<Vec<ToldStage>>,
+    pub collective: Collective,
     pub context_tokens: Option<u32>,
     /// How keys and values are kept.
     pub caches: CacheOptions,
@@ -84,6 +85,7 @@ impl Default for CoordinatorOptions {
             strategy: Strategy::Auto,
             split: None,
             stages: None,
+            collective: Collective::Auto,
             context_tokens: None,
             caches: CacheOptions::default(),
             home: PathBuf::new(),
@@ -219,6 +221,7 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
         strategy: options.strategy,
         split: options.split.clone(),
         stages: options.stages.clone(),
+        collective: options.collective,
         context_tokens: options.context_tokens,
         caches: options.caches,
         wait: Some(options.wait_for_workers),

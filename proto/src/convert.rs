@@ -180,7 +180,7 @@ impl From<EngineStatus> for wire::EngineStatus {
             EngineState::Ready { port, group_port, incarnation, resident } => {
                 State::Ready(wire::Ready { port, group_port, incarnation, resident_bytes: resident.0 })
             }
-            EngineState::Failed { cause, output, retry_in_ms } => State::Failed(wire::Failed { cause, output, retry_in_ms }),
+            EngineState::Failed { cause, output, retry_in_ms, lost } => State::Failed(wire::Failed { cause, output, retry_in_ms, lost }),
         };
         Self { id: status.id.0, state: Some(state) }
     }
@@ -199,7 +199,7 @@ impl TryFrom<wire::EngineStatus> for EngineStatus {
             State::Ready(wire::Ready { port, group_port, incarnation, resident_bytes }) => {
                 EngineState::Ready { port, group_port, incarnation, resident: Bytes(resident_bytes) }
             }
-            State::Failed(failed) => EngineState::Failed { cause: failed.cause, output: failed.output, retry_in_ms: failed.retry_in_ms },
+            State::Failed(wire::Failed { cause, output, retry_in_ms, lost }) => EngineState::Failed { cause, output, retry_in_ms, lost },
         };
         Ok(Self { id: EngineId(status.id), state })
     }
@@ -347,6 +347,7 @@ impl wire::StepFrame {
             segments: step.segments.into_iter().map(wire::Segment::from).collect(),
             activations,
             busy_ns: 0,
+            sender: String::new(),
         }
     }
 
@@ -431,7 +432,7 @@ impl From<StepResult> for wire::StepResult {
             }
         };
         let sequences = result.sequences.into_iter().map(sequence).collect();
-        Self { epoch: result.epoch.0, number: result.number, sequences, busy_ns: 0 }
+        Self { epoch: result.epoch.0, number: result.number, sequences, busy_ns: 0, sender: String::new() }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     signals,
     target::DEFAULT_HTTP,
 };
-use mlx_cluster_common::plan::{Strategy, ToldStage};
+use mlx_cluster_common::plan::{Collective, Strategy, ToldStage};
 use mlx_cluster_coordinator::{
     CoordinatorOptions,
     report::{self, Reporter},
@@ -56,6 +56,10 @@ pub(crate) struct CoordinatorArgs {
     /// Which workers hold which layers: `+` joins workers that split each matrix of their layers, `*2` gives one of them twice as much
     #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with_all = ["split", "strategy"])]
     stages: Option<Vec<ToldStage>>,
+    /// What the workers of a tensor-parallel group talk over: ring (TCP), jaccl (RDMA on Thunderbolt, set up in the workers' environment), or
+    /// auto: jaccl where it is set up
+    #[arg(long, value_name = "auto|ring|jaccl", default_value = "auto")]
+    collective: Collective,
     /// Longest sequence, prompt and answer together; what the model was made for unless given
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
@@ -79,6 +83,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         strategy: args.strategy,
         split: args.split,
         stages: args.stages,
+        collective: args.collective,
         context_tokens: args.context,
         caches: args.caches.options()?,
         home: home()?,

@@ -9,3 +9,4 @@ mod membership;
 mod serving;
 mod shutdown;
 mod support;
+mod tensor_groups;

@@ -134,8 +134,8 @@ fn engine_json(engine: &EngineState) -> Value {
         EngineState::Ready { port, incarnation, resident, .. } => {
             json!({"state": "ready", "port": port, "incarnation": incarnation, "resident_bytes": resident})
         }
-        EngineState::Failed { cause, output, retry_in_ms } => {
-            json!({"state": "failed", "cause": cause, "output": output, "retry_in_ms": retry_in_ms})
+        EngineState::Failed { cause, output, retry_in_ms, lost } => {
+            json!({"state": "failed", "cause": cause, "output": output, "retry_in_ms": retry_in_ms, "lost": lost})
         }
     }
 }

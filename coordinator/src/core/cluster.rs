@@ -11,7 +11,7 @@ use super::{
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
-    engine::EngineState,
+    engine::{EngineState, Link},
     ids::{EngineId, Epoch, NodeId, SequenceId},
     request::{Delivery, EngineLoad, SessionCommand, Submission},
 };
@@ -22,8 +22,15 @@ use std::{
 
 /// Engines answer a link, and the lead opens a session, within this.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Engines of a group answer within this: they end the step that they are in, form the group and warm up, each with a deadline of its own.
+pub const GROUP_LINK_TIMEOUT: Duration = Duration::from_secs(150);
 /// Workers confirm within this that their engines are gone.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long an engine may take to answer this.
+pub fn link_timeout(link: &Link) -> Duration {
+    if link.group.is_some() { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }
+}
 
 /// Where the model is in its life. What a phase needs, it holds; the deployment outlives phases and stands beside.
 #[derive(Debug)]

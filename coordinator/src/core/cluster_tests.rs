@@ -41,6 +41,37 @@ fn a_dead_engine_is_named_and_the_model_comes_back() {
 }
 
 #[test]
+fn of_a_group_the_dead_engine_is_named_and_not_those_that_lost_it() {
+    for seed in 0..20 {
+        let mut world = World::ready(3, Strategy::Tensor, seed);
+        assert_eq!((world.plans[0].stages.len(), world.plans[0].stages[0].ranks.len()), (1, 3));
+        let sequence = world.submit(1);
+        world.run(ms(5));
+        let victim = format!("w{}", seed % 3);
+        world.engine_dies(&victim, Some(100));
+        world.run(ms(900));
+        let expected = RequestFailure::Broken { worker: victim, message: "its engine was killed by signal 9".into() };
+        assert_eq!(world.ends_of(sequence), [&RequestEvent::Failed(expected)], "seed {seed}");
+        world.run(ms(3000));
+        assert_eq!((world.state(), world.plans.len()), (InstanceState::Ready, 1), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_named_by_the_others_and_replaced() {
+    for victim in ["w1", "w2"] {
+        let mut world = World::ready(3, Strategy::Tensor, 15);
+        let first = world.submit(1);
+        world.engine_hangs(victim);
+        world.run(ms(10_000));
+        let ends = format!("{:?}", world.ends_of(first));
+        assert!(ends.contains("Finished") || ends.contains(&format!("lost rank 9 of worker {victim}")), "{ends}");
+        world.run(ms(4000));
+        assert_eq!((world.state(), world.plans.len()), (InstanceState::Ready, 1));
+    }
+}
+
+#[test]
 fn a_stream_that_breaks_shortly_changes_nothing() {
     let mut world = World::ready(2, Strategy::Pipeline, 3);
     let sequence = world.submit(1);

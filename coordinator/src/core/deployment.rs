@@ -1,14 +1,19 @@
 //! A plan that the workers were told to carry out: its engines, what state they are in, which of them are linked.
 
-use super::{Now, addresses, event::ServedFacts, members::Members};
+use super::{
+    Now, addresses,
+    cluster::{GROUP_LINK_TIMEOUT, LINK_TIMEOUT},
+    event::{ServedFacts, Settings},
+    members::Members,
+};
 use mlx_cluster_common::{
     engine::{EngineSpec, EngineState, GroupLink, Link, Peer},
     ids::{EngineId, Epoch, NodeId},
     links::LinkFacts,
-    plan::{Collective, Plan, Rank},
+    plan::{Plan, Rank},
     tensor::TensorPlace,
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::SocketAddrV4, time::Duration};
 
 /// Who is at fault, by name, and what happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,10 +35,20 @@ pub(super) struct Deployment {
     engines: Vec<EngineSpec>,
     /// The process of each engine that is linked in the current epoch.
     linked: Vec<u64>,
+    /// Of those, the ones that ended since, and how.
+    ends: BTreeMap<u32, End>,
     /// Failures of each engine since all worked together.
     failures: BTreeMap<u32, u32>,
     /// Attempts to link since all worked together.
     pub(super) link_failures: u32,
+}
+
+/// How an engine ended.
+#[derive(Debug)]
+struct End {
+    cause: String,
+    /// The worker whose engine it lost: a rank cannot go on without the others of its group.
+    lost: Option<String>,
 }
 
 /// Where an engine that failed stands.
@@ -47,7 +62,8 @@ pub(super) struct Failure<'a> {
 
 impl Deployment {
     /// `generation` makes the engines' ids new, so that workers replace what they run.
-    pub(super) fn new(plan: Plan, model: &ServedFacts, run: &str, generation: u64) -> Self {
+    pub(super) fn new(plan: Plan, model: &ServedFacts, settings: &Settings, generation: u64) -> Self {
+        let run = &settings.run;
         let n_stages = plan.stages.len() as u32;
         let mut engines = Vec::new();
         for (number, stage) in (0..).zip(&plan.stages) {
@@ -60,7 +76,7 @@ impl Deployment {
                     n_stages,
                     layers: stage.layers.clone(),
                     place: TensorPlace { rank, shares: stage.shares() },
-                    collective: Collective::Auto,
+                    collective: settings.collective,
                     context_tokens: plan.context_tokens,
                     cache_tokens: plan.cache_tokens,
                     memory: of.needed(),
@@ -69,7 +85,7 @@ impl Deployment {
                 });
             }
         }
-        Self { plan, engines, linked: Vec::new(), failures: BTreeMap::new(), link_failures: 0 }
+        Self { plan, engines, linked: Vec::new(), ends: BTreeMap::new(), failures: BTreeMap::new(), link_failures: 0 }
     }
 
     fn rank(&self, engine: u32) -> Option<&Rank> {
@@ -149,18 +165,52 @@ impl Deployment {
         self.lost(members, Now::MAX)
     }
 
-    /// The engine that is not the one that was linked any more.
+    /// The engine that is not the one that was linked any more, and did not end because it lost another one.
     pub(super) fn replaced(&self, members: &Members) -> Option<Blame> {
-        self.numbers().zip(&self.linked).find_map(|(engine, linked)| {
-            let message = match self.state(members, engine) {
-                Some(EngineState::Ready { incarnation, .. }) if incarnation == linked => return None,
-                Some(EngineState::Failed { cause, .. }) => cause.clone(),
-                // The worker is gone: it tells about its engines when it is back.
-                None if !self.node_connected(members, engine) => return None,
-                _ => "its engine was started again".to_owned(),
+        self.not_as_linked(members).find_map(|engine| {
+            let message = match self.ends.get(&engine) {
+                Some(End { lost: Some(_), .. }) => return None,
+                Some(End { cause, .. }) => cause.clone(),
+                None => "its engine was started again".to_owned(),
             };
             Some(Blame { worker: self.name(engine), message })
         })
+    }
+
+    /// Whom engines lost that ended for that reason, by their own words. Its worker may have more to say.
+    pub(super) fn lost_rank(&self, members: &Members) -> Option<Blame> {
+        let end_of = |engine| self.ends.get(&engine).and_then(|end| Some((end.lost.as_ref()?, &end.cause)));
+        let mut survivor = self.not_as_linked(members).find(|engine| end_of(*engine).is_some())?;
+        // Who lost an engine that ended because it lost another one is not to be asked.
+        for _ in self.numbers() {
+            let (lost, _) = end_of(survivor)?;
+            match self.numbers().find(|engine| self.name(*engine) == *lost).filter(|engine| end_of(*engine).is_some()) {
+                Some(next) => survivor = next,
+                None => break,
+            }
+        }
+        let (lost, cause) = end_of(survivor)?;
+        Some(Blame { worker: lost.clone(), message: format!("{} {cause}", self.name(survivor)) })
+    }
+
+    /// Whether the engine on a worker of this name is still the one that was linked, as far as its worker knows.
+    pub(super) fn is_as_linked(&self, members: &Members, worker: &str) -> bool {
+        let engine = self.numbers().find(|engine| self.name(*engine) == worker);
+        engine.is_some_and(|engine| !self.not_as_linked(members).any(|other| other == engine))
+    }
+
+    /// Engines that are not those that were linked any more. Of a worker that is gone nobody knows: it tells when it is back.
+    fn not_as_linked(&self, members: &Members) -> impl Iterator<Item = u32> {
+        self.numbers().zip(&self.linked).filter_map(|(engine, linked)| match self.state(members, engine) {
+            Some(EngineState::Ready { incarnation, .. }) if incarnation == linked => None,
+            None if !self.node_connected(members, engine) => None,
+            _ => Some(engine),
+        })
+    }
+
+    /// How long engines may take to be linked.
+    pub(super) fn link_timeout(&self) -> Duration {
+        if self.plan.stages.iter().any(|stage| stage.ranks.len() > 1) { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }
     }
 
     fn node_connected(&self, members: &Members, engine: u32) -> bool {
@@ -172,16 +222,24 @@ impl Deployment {
     pub(super) fn note(&mut self, node: &NodeId, old: Option<&EngineState>, new: Option<&EngineState>) -> bool {
         let Some(engine) = self.number_on(node) else { return false };
         let failed = |state: Option<&EngineState>| matches!(state, Some(EngineState::Failed { .. }));
-        if failed(new) && !failed(old) {
+        if let Some(EngineState::Failed { cause, lost, .. }) = new
+            && !failed(old)
+        {
             *self.failures.entry(engine as u32).or_default() += 1;
+            self.ends.entry(engine as u32).or_insert_with(|| End { cause: cause.clone(), lost: lost.clone() });
         }
         old != new
     }
 
-    /// The first engine that failed.
+    /// The first engine that failed; one that only lost another one when there is no other.
     pub(super) fn failure<'a>(&'a self, members: &'a Members) -> Option<Failure<'a>> {
-        self.numbers().find_map(|engine| match self.state(members, engine)? {
-            EngineState::Failed { cause, output, retry_in_ms } => Some(Failure {
+        let failure = |is_loss: bool| self.numbers().find_map(|engine| self.failure_of(members, engine, is_loss));
+        failure(false).or_else(|| failure(true))
+    }
+
+    fn failure_of<'a>(&'a self, members: &'a Members, engine: u32, is_loss: bool) -> Option<Failure<'a>> {
+        match self.state(members, engine)? {
+            EngineState::Failed { cause, output, retry_in_ms, lost } if lost.is_some() == is_loss => Some(Failure {
                 worker: self.rank(engine).map_or("", |rank| &rank.node_name),
                 cause,
                 output,
@@ -189,7 +247,7 @@ impl Deployment {
                 count: self.failures.get(&engine).copied().unwrap_or(0),
             }),
             _ => None,
-        })
+        }
     }
 
     /// All worked together: earlier failures do not count any more.
@@ -209,6 +267,7 @@ impl Deployment {
         });
         let links = links.collect::<Option<Vec<_>>>()?;
         self.linked = serving.into_iter().map(|engine| engine.incarnation).collect();
+        self.ends.clear();
         Some(links)
     }
 
@@ -265,7 +324,10 @@ impl Wiring<'_> {
         for rank in 0..n {
             let (before, own) = (group.start + (rank + n - 1) % n, group.start + rank);
             let serving = self.serving.get(own as usize)?;
-            link.addresses.push(self.addresses(before, own, serving.group_port)?.into_iter().next()?);
+            let addresses = self.addresses(before, own, serving.group_port)?;
+            // MLX's ring knows IPv4 alone.
+            let best = addresses.iter().find(|address| address.parse::<SocketAddrV4>().is_ok()).or(addresses.first());
+            link.addresses.push(best?.clone());
             link.names.push(self.deployment.name(own));
             link.incarnations.push(serving.incarnation);
         }

@@ -5,6 +5,7 @@ use super::{
     cluster::{Cluster, LINK_TIMEOUT, Phase, STOP_TIMEOUT},
     deployment::{Blame, Deployment},
     event::{ClusterFailure, Effect},
+    members::Members,
     placement::{self, PlanOptions, WhyNot},
 };
 use mlx_cluster_common::{engine::NodeFacts, ids::Epoch, plan::Strategy, request::EngineLoad};
@@ -45,12 +46,8 @@ impl Cluster {
             }
             Phase::Ready { .. } => self.advance_ready(now, effects),
             Phase::Suspect { blame, until } => {
-                let told = (now >= *until).then(|| blame.clone());
-                let seen = self.deployment.as_ref().and_then(|it| it.replaced(&self.members).or_else(|| it.gone(&self.members)));
-                match seen.or(told) {
-                    Some(blame) => self.break_off(&blame, now, effects),
-                    None => false,
-                }
+                let (told, late) = (blame.clone(), now >= *until);
+                self.advance_suspect(told, late, now, effects)
             }
             Phase::Pausing { until } => now >= *until && self.load(now),
             Phase::Failed { members, .. } => {
@@ -73,9 +70,27 @@ impl Cluster {
         }
     }
 
+    /// Blames the engine that a worker reports as dead, then whom the others of its group lost, then whoever was `told`.
+    fn advance_suspect(&mut self, told: Blame, late: bool, now: Now, effects: &mut Vec<Effect>) -> bool {
+        let Some(deployment) = &self.deployment else { return self.start_over(effects) };
+        let members = &self.members;
+        if let Some(blame) = deployment.replaced(members).or_else(|| deployment.gone(members)) {
+            return self.break_off(&blame, now, effects);
+        }
+        if !late {
+            return false;
+        }
+        let lost = deployment.lost_rank(members);
+        // Its worker says that it runs, but it answers nobody.
+        let hangs = lost.as_ref().is_some_and(|blame| deployment.is_as_linked(members, &blame.worker));
+        if hangs {
+            self.replace_engines(effects);
+        }
+        self.break_off(&lost.unwrap_or(told), now, effects)
+    }
+
     fn advance_draining(&mut self, now: Now, late: bool, effects: &mut Vec<Effect>) -> bool {
-        let broken = self.deployment.as_ref().and_then(|it| it.replaced(&self.members).or_else(|| it.lost(&self.members, now)));
-        if let Some(blame) = broken {
+        if let Some(blame) = self.deployment.as_ref().and_then(|deployment| trouble(deployment, &self.members, now)) {
             self.fail_requests(&blame, effects);
         }
         (late || self.requests.is_empty()) && self.stop(None, now, effects)
@@ -131,7 +146,7 @@ impl Cluster {
                 self.generation += 1;
                 self.refusal = None;
                 effects.push(Effect::Planned(plan.clone()));
-                self.deployment = Some(Deployment::new(plan, &model, &self.settings.run, self.generation));
+                self.deployment = Some(Deployment::new(plan, &model, &self.settings, self.generation));
                 self.send_desired(effects);
                 self.load(now)
             }
@@ -193,6 +208,7 @@ impl Cluster {
         let epoch = Epoch(self.epoch.0 + 1);
         let Some(deployment) = &mut self.deployment else { return false };
         let Some(links) = deployment.link(&self.members, epoch) else { return false };
+        let limit = deployment.link_timeout();
         let pending = links.iter().map(|(engine, ..)| *engine).collect::<BTreeSet<_>>();
         for (engine, addresses, link) in links {
             let name = deployment.name(engine);
@@ -200,7 +216,7 @@ impl Cluster {
         }
         self.epoch = epoch;
         self.load = EngineLoad::default();
-        self.phase = Phase::Linking { epoch, pending, until: now + LINK_TIMEOUT + Duration::from_secs(1) };
+        self.phase = Phase::Linking { epoch, pending, until: now + limit + Duration::from_secs(1) };
         true
     }
 
@@ -215,7 +231,8 @@ impl Cluster {
             self.phase = Phase::Opening { epoch, until: now + LINK_TIMEOUT + Duration::from_secs(1) };
             return true;
         }
-        late && self.link_late(now, effects)
+        let limit = deployment.link_timeout();
+        late && self.link_late(limit, now, effects)
     }
 
     fn advance_opening(&mut self, now: Now, late: bool, effects: &mut Vec<Effect>) -> bool {
@@ -226,19 +243,18 @@ impl Cluster {
         if late {
             effects.push(Effect::CloseSession);
         }
-        late && self.link_late(now, effects)
+        late && self.link_late(LINK_TIMEOUT, now, effects)
     }
 
-    fn link_late(&mut self, now: Now, effects: &mut Vec<Effect>) -> bool {
+    fn link_late(&mut self, limit: Duration, now: Now, effects: &mut Vec<Effect>) -> bool {
         let worker = self.deployment.as_ref().map(Deployment::lead_name).unwrap_or_default();
-        self.link_failed(Blame { worker, message: format!("no answer within {} s", LINK_TIMEOUT.as_secs()) }, now, effects);
+        self.link_failed(Blame { worker, message: format!("no answer within {} s", limit.as_secs()) }, now, effects);
         true
     }
 
     /// Whether there is no point in going on with the current epoch.
     fn engines_changed(&self, now: Now) -> bool {
-        let trouble = |it: &Deployment| it.replaced(&self.members).or_else(|| it.lost(&self.members, now));
-        self.deployment.as_ref().is_none_or(|deployment| trouble(deployment).is_some())
+        self.deployment.as_ref().is_none_or(|deployment| trouble(deployment, &self.members, now).is_some())
     }
 
     /// An attempt to link failed: another one follows, later each time.
@@ -266,17 +282,18 @@ impl Cluster {
     fn replace_engines(&mut self, effects: &mut Vec<Effect>) {
         let (Some(model), Some(deployment)) = (self.settings.model.clone(), &self.deployment) else { return };
         self.generation += 1;
-        self.deployment = Some(Deployment::new(deployment.plan.clone(), &model, &self.settings.run, self.generation));
+        self.deployment = Some(Deployment::new(deployment.plan.clone(), &model, &self.settings, self.generation));
         self.send_desired(effects);
     }
 
     fn advance_ready(&mut self, now: Now, effects: &mut Vec<Effect>) -> bool {
         let Some(deployment) = &self.deployment else { return self.start_over(effects) };
-        let trouble = deployment.replaced(&self.members).or_else(|| deployment.lost(&self.members, now));
-        let Some(blame) = trouble else { return false };
+        let Some(blame) = trouble(deployment, &self.members, now) else { return false };
         effects.push(Effect::CloseSession);
         self.load = EngineLoad::default();
-        self.break_off(&blame, now, effects)
+        // Who only lost another one may have been faster to say so than the other one's worker.
+        self.phase = Phase::Suspect { blame, until: now + ATTRIBUTION };
+        true
     }
 
     /// The epoch is over: its requests fail, and loading shows what is missing.
@@ -333,4 +350,9 @@ impl Cluster {
         };
         phase.into_iter().filter(|at| *at > now).chain(self.members.next_loss(now)).min()
     }
+}
+
+/// Why the engines that were linked cannot go on.
+fn trouble(deployment: &Deployment, members: &Members, now: Now) -> Option<Blame> {
+    deployment.replaced(members).or_else(|| deployment.lost(members, now)).or_else(|| deployment.lost_rank(members))
 }

@@ -1,28 +1,44 @@
 //! Random faults in a pretended cluster: whatever happens, every request ends once, and the model comes back.
 
 use super::{
-    event::Event,
-    world::{World, ms},
+    event::{Event, Settings},
+    world::{World, ms, settings},
 };
 use crate::serving::InstanceState;
-use mlx_cluster_common::{ids::SequenceId, plan::Strategy};
+use mlx_cluster_common::{
+    ids::SequenceId,
+    plan::{Strategy, ToldStage},
+};
 
 const SEEDS: u64 = 400;
 
 fn fault(world: &mut World, workers: u64) {
     let name = format!("w{}", world.random.below(workers));
-    match world.random.below(8) {
+    match world.random.below(9) {
         0 | 1 => world.engine_dies(&name, Some(100)),
+        8 => world.engine_hangs(&name),
         2 => world.worker_down(&name, true),
         3 => world.worker_down(&name, false),
         _ => world.worker_up(&name),
     }
 }
 
+fn hybrid() -> Vec<ToldStage> {
+    ["w0+w1:0-3", "w2:4-5"].map(|stage| stage.parse().expect("a stage")).to_vec()
+}
+
 fn simulate(seed: u64) {
     let workers = 1 + seed % 3;
-    let strategy = if seed.is_multiple_of(2) { Strategy::Pipeline } else { Strategy::Auto };
-    let mut world = World::ready(workers as usize, strategy, seed);
+    let strategy = match seed % 4 {
+        0 | 2 => Strategy::Pipeline,
+        1 => Strategy::Auto,
+        _ => Strategy::Tensor,
+    };
+    let mut world = match seed % 12 {
+        // A pipeline of a group and one more.
+        2 | 8 => World::ready_with(Settings { stages: Some(hybrid()), ..settings(workers as usize, strategy) }, workers as usize, seed),
+        _ => World::ready(workers as usize, strategy, seed),
+    };
     let mut sequences = Vec::new();
     for i in 0..60 {
         if world.random.below(3) == 0 {
@@ -36,9 +52,9 @@ fn simulate(seed: u64) {
         let pause = world.random.below(1500);
         world.run(ms(pause));
     }
-    // The faults end, and everybody comes back.
+    // The faults end, and everybody comes back; an engine that hangs is replaced after some attempts to link it.
     (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
-    world.run(ms(60_000));
+    world.run(ms(150_000));
     assert_eq!(world.state(), InstanceState::Ready, "after the faults");
     let unanswered = |sequence: &&SequenceId| world.ends_of(**sequence).len() != 1 && !world.abandoned.contains(sequence);
     assert_eq!(sequences.iter().find(unanswered), None, "every request ends once");

@@ -12,7 +12,7 @@ use mlx_cluster_common::{
     engine::{EngineSpec, EngineState, EngineStatus, ModelSource, NodeFacts, Peer},
     ids::{Epoch, NodeId, SequenceId},
     links::{LinkFacts, Medium},
-    plan::{Plan, Strategy},
+    plan::{Collective, Plan, Strategy},
     request::{Delivery, FinishReason, SessionCommand, TokenOut},
     sampling::SamplingParams,
     units::Bytes,
@@ -39,6 +39,7 @@ pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
         strategy,
         split: None,
         stages: None,
+        collective: Collective::Auto,
         context_tokens: None,
         caches: CacheOptions::default(),
         wait: Some(Duration::from_secs(120)),
@@ -63,6 +64,10 @@ struct FakeEngine {
     incarnation: u64,
     state: EngineState,
     epoch: Epoch,
+    /// The processes of its group, once that has formed: it can form one in its life.
+    formed: Option<Vec<u64>>,
+    /// It was stopped, and answers nobody.
+    hangs: bool,
 }
 
 struct FakeNode {
@@ -75,12 +80,42 @@ struct FakeNode {
 /// What happens later in the pretended cluster.
 enum Later {
     Tell(Event),
-    Apply { node: NodeId, version: u64, engines: Vec<EngineSpec>, neighbours: Vec<Peer> },
-    Measured { node: NodeId, version: u64, neighbours: Vec<Peer> },
-    Loaded { node: NodeId, incarnation: u64 },
-    Link { epoch: Epoch, engine: u32, node: NodeId },
-    Open { epoch: Epoch, lead: NodeId },
-    Token { epoch: Epoch, sequence: SequenceId, left: u32 },
+    Apply {
+        node: NodeId,
+        version: u64,
+        engines: Vec<EngineSpec>,
+        neighbours: Vec<Peer>,
+    },
+    Measured {
+        node: NodeId,
+        version: u64,
+        neighbours: Vec<Peer>,
+    },
+    Loaded {
+        node: NodeId,
+        incarnation: u64,
+    },
+    Link {
+        epoch: Epoch,
+        engine: u32,
+        node: NodeId,
+        group: Option<Vec<u64>>,
+    },
+    /// It notices that a rank of its group is gone.
+    Lose {
+        node: NodeId,
+        incarnation: u64,
+        lost: String,
+    },
+    Open {
+        epoch: Epoch,
+        lead: NodeId,
+    },
+    Token {
+        epoch: Epoch,
+        sequence: SequenceId,
+        left: u32,
+    },
 }
 
 /// What a pretended worker measures: 10.1 is the better network.
@@ -143,7 +178,11 @@ impl World {
 
     /// A cluster of so many workers that serves.
     pub(crate) fn ready(workers: usize, strategy: Strategy, seed: u64) -> Self {
-        let mut world = Self::new(settings(workers, strategy), seed);
+        Self::ready_with(settings(workers, strategy), workers, seed)
+    }
+
+    pub(crate) fn ready_with(settings: Settings, workers: usize, seed: u64) -> Self {
+        let mut world = Self::new(settings, seed);
         (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
         world.run(ms(10_000));
         assert_eq!(world.state(), InstanceState::Ready);
@@ -192,6 +231,9 @@ impl World {
     /// Its stream breaks; with `dies` the process and its engine are gone too.
     pub(crate) fn worker_down(&mut self, name: &str, dies: bool) {
         let id = Self::id(name);
+        if dies {
+            self.group_loses(name, ms(5));
+        }
         let Some(fake) = self.nodes.get_mut(&id).filter(|fake| fake.connected) else { return };
         fake.connected = false;
         let had = dies && fake.engine.take().is_some();
@@ -206,16 +248,51 @@ impl World {
     }
 
     pub(crate) fn engine_dies(&mut self, name: &str, retry_in_ms: Option<u64>) {
-        let id = Self::id(name);
-        let Some(engine) = self.nodes.get_mut(&id).and_then(|fake| fake.engine.as_mut()) else { return };
+        self.group_loses(name, ms(1));
         let cause = "its engine was killed by signal 9".to_owned();
-        engine.state = EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms };
+        self.engine_fails(&Self::id(name), EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms, lost: None });
+    }
+
+    /// It does not end, but answers nobody any more; the others of its group notice after a while.
+    pub(crate) fn engine_hangs(&mut self, name: &str) {
+        self.group_loses(name, ms(8000));
+        if let Some(engine) = self.nodes.get_mut(&Self::id(name)).and_then(|fake| fake.engine.as_mut()) {
+            engine.hangs = true;
+        }
+    }
+
+    fn engine_fails(&mut self, id: &NodeId, state: EngineState) {
+        let EngineState::Failed { retry_in_ms, .. } = state else { return };
+        let Some(engine) = self.nodes.get_mut(id).and_then(|fake| fake.engine.as_mut()) else { return };
+        engine.state = state;
         engine.incarnation += 1;
+        (engine.formed, engine.hangs) = (None, false);
         let incarnation = engine.incarnation;
         self.break_session("stream closed");
-        self.observe(&id);
+        self.observe(id);
         if let Some(retry) = retry_in_ms {
-            self.after(ms(retry + 200), Later::Loaded { node: id, incarnation });
+            self.after(ms(retry + 200), Later::Loaded { node: id.clone(), incarnation });
+        }
+    }
+
+    /// The engines that have formed a group with the one of this worker will notice that it is gone.
+    fn group_loses(&mut self, name: &str, delay: Duration) {
+        let id = Self::id(name);
+        let own = self.nodes.get(&id).and_then(|fake| fake.engine.as_ref()).and_then(|engine| engine.formed.clone());
+        if let Some(own) = own {
+            self.members_lose(&own, &id, name, delay);
+        }
+    }
+
+    /// All of this group but `id`.
+    fn members_lose(&mut self, group: &[u64], id: &NodeId, name: &str, delay: Duration) {
+        let mates = self.nodes.iter().filter_map(|(node, fake)| {
+            let engine = fake.engine.as_ref().filter(|engine| node != id && engine.formed.as_deref() == Some(group))?;
+            Some((node.clone(), engine.incarnation))
+        });
+        for (node, incarnation) in mates.collect::<Vec<_>>() {
+            let delay = delay + self.soon();
+            self.after(delay, Later::Lose { node, incarnation, lost: name.to_owned() });
         }
     }
 
@@ -289,7 +366,7 @@ impl World {
                     self.epochs.push(epoch);
                 }
                 let node = self.plans.last().map(|plan| plan.ranks().nth(engine as usize).expect("a rank").node.clone()).expect("a plan");
-                self.after(delay, Later::Link { epoch, engine, node });
+                self.after(delay, Later::Link { epoch, engine, node, group: link.group.map(|group| group.incarnations) });
             }
             Effect::OpenSession { epoch, .. } => {
                 assert_eq!(self.epochs.last(), Some(&epoch), "only the newest epoch gets a session");
@@ -333,20 +410,22 @@ impl World {
             Later::Loaded { node, incarnation } => {
                 let Some(engine) = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut()) else { return };
                 if engine.incarnation == incarnation {
-                    engine.state = EngineState::Ready { port: 9, group_port: 0, incarnation, resident: Bytes(1) };
+                    let group_port = if engine.spec.place.is_alone() { 0 } else { 10 };
+                    engine.state = EngineState::Ready { port: 9, group_port, incarnation, resident: Bytes(1) };
                     self.observe(&node);
                 }
             }
-            Later::Link { epoch, engine: number, node } => {
-                let engine = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut());
-                let result = match engine.filter(|engine| matches!(engine.state, EngineState::Ready { .. })) {
-                    Some(engine) if engine.epoch < epoch => {
-                        engine.epoch = epoch;
-                        Ok(())
-                    }
-                    _ => Err("connection refused".to_owned()),
-                };
-                self.after(delay, Later::Tell(Event::Linked { epoch, engine: number, result }));
+            Later::Link { epoch, engine: number, node, group } => {
+                let (result, wait) = self.link(epoch, &node, group);
+                self.after(delay + wait, Later::Tell(Event::Linked { epoch, engine: number, result }));
+            }
+            Later::Lose { node, incarnation, lost } => {
+                let engine = self.nodes.get(&node).and_then(|fake| fake.engine.as_ref());
+                if engine.is_some_and(|engine| engine.incarnation == incarnation && !engine.hangs) {
+                    let cause = format!("lost rank 9 of worker {lost}");
+                    let failed = EngineState::Failed { cause, output: Vec::new(), retry_in_ms: Some(200), lost: Some(lost) };
+                    self.engine_fails(&node, failed);
+                }
             }
             Later::Open { epoch, lead } => {
                 let engine = self.nodes.get(&lead).and_then(|fake| fake.engine.as_ref());
@@ -362,6 +441,36 @@ impl World {
             }
             Later::Token { epoch, sequence, left } => self.token(epoch, sequence, left),
         }
+    }
+
+    /// What an engine answers to a link, and how long it takes for that.
+    fn link(&mut self, epoch: Epoch, node: &NodeId, group: Option<Vec<u64>>) -> (Result<(), String>, Duration) {
+        let engine = self.nodes.get_mut(node).and_then(|fake| fake.engine.as_mut());
+        let Some(engine) = engine.filter(|engine| matches!(engine.state, EngineState::Ready { .. }) && engine.epoch < epoch) else {
+            return (Err("connection refused".to_owned()), ms(0));
+        };
+        if engine.hangs {
+            return (Err("no answer".to_owned()), ms(7000));
+        }
+        engine.epoch = epoch;
+        assert_eq!(group.as_ref().map_or(1, Vec::len), engine.spec.place.ranks(), "a link names the whole group");
+        let Some(group) = group else { return (Ok(()), ms(0)) };
+        let name = engine_name(node);
+        if engine.formed.as_ref().is_some_and(|formed| *formed != group) {
+            let cause = "a process can be in one group in its life".to_owned();
+            self.engine_fails(node, EngineState::Failed { cause: cause.clone(), output: Vec::new(), retry_in_ms: Some(200), lost: None });
+            self.members_lose(&group, node, &name, ms(1));
+            return (Err(cause), ms(0));
+        }
+        engine.formed = Some(group.clone());
+        let alive = self.nodes.values().filter_map(|fake| fake.engine.as_ref()).filter(|engine| group.contains(&engine.incarnation));
+        if alive.count() < group.len() {
+            // It waits for a rank that never comes.
+            let incarnation = self.nodes.get(node).and_then(|fake| fake.engine.as_ref()).map_or(0, |engine| engine.incarnation);
+            self.after(ms(15_000), Later::Lose { node: node.clone(), incarnation, lost: name });
+            return (Err("the group did not form".to_owned()), ms(15_100));
+        }
+        (Ok(()), ms(0))
     }
 
     fn token(&mut self, epoch: Epoch, sequence: SequenceId, left: u32) {
@@ -404,6 +513,8 @@ impl World {
                 incarnation,
                 state: EngineState::Loading { done: Bytes(0), total: Bytes(1) },
                 epoch: Epoch(0),
+                formed: None,
+                hangs: false,
             });
             if had {
                 self.break_session("replaced");
@@ -440,4 +551,8 @@ impl World {
             self.after(delay, Later::Tell(event));
         }
     }
+}
+
+fn engine_name(node: &NodeId) -> String {
+    node.0.trim_start_matches("id-").to_owned()
 }

@@ -1,6 +1,6 @@
 //! Tells one engine who comes after it.
 
-use crate::core::{cluster::LINK_TIMEOUT, event::Event};
+use crate::core::{cluster::link_timeout, event::Event};
 use mlx_cluster_common::{engine::Link, ids::Epoch};
 use mlx_cluster_proto::{
     net,
@@ -20,9 +20,10 @@ pub(crate) struct LinkCall {
 impl LinkCall {
     pub(super) async fn run(self) -> Event {
         let (epoch, engine, name) = (self.epoch, self.engine, self.name.clone());
-        let result = match tokio::time::timeout(LINK_TIMEOUT, self.call()).await {
+        let limit = link_timeout(&self.link);
+        let result = match tokio::time::timeout(limit, self.call()).await {
             Ok(result) => result,
-            Err(_) => Err(format!("the engine on {name} did not answer within {} s", LINK_TIMEOUT.as_secs())),
+            Err(_) => Err(format!("the engine on {name} did not answer within {} s", limit.as_secs())),
         };
         Event::Linked { epoch, engine, result }
     }

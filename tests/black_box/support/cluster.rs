@@ -2,8 +2,9 @@
 
 use super::{
     http::{self, Answer, Stream},
-    process::{PATIENCE, Process, kill, wait_until},
+    process::{PATIENCE, Process, kill, send_signal, wait_until},
 };
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -100,7 +101,7 @@ impl Cluster {
         if let Some(model) = &self.setup.model {
             command.arg("--model").arg(model);
         }
-        if self.setup.n_workers > 1 {
+        if self.setup.n_workers > 1 && !self.setup.coordinator_args.iter().any(|arg| arg == "--strategy") {
             command.args(["--strategy", "pipeline"]);
         }
         command.args(&self.setup.coordinator_args);
@@ -140,9 +141,13 @@ impl Cluster {
     }
 
     pub(crate) fn kill_engine_of(&self, worker: &str) {
+        self.signal_engine_of(worker, Signal::KILL);
+    }
+
+    pub(crate) fn signal_engine_of(&self, worker: &str, signal: Signal) {
         let engines = self.process(worker).children();
         assert_eq!(engines.len(), 1, "engines of {worker}\n{}", self.output());
-        kill(engines[0]);
+        send_signal(engines[0], signal);
     }
 
     pub(crate) fn kill(&mut self, name: &str) {

@@ -105,7 +105,11 @@ fn pid(number: u32) -> Pid {
 }
 
 pub(crate) fn kill(number: u32) {
-    kill_process(pid(number), Signal::KILL).unwrap();
+    send_signal(number, Signal::KILL);
+}
+
+pub(crate) fn send_signal(number: u32, signal: Signal) {
+    kill_process(pid(number), signal).unwrap();
 }
 
 /// Whether a process runs; one that has ended but was not waited for does not.

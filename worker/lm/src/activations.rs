@@ -2,7 +2,7 @@
 
 use crate::{error::LmError, packing::Packing};
 use mlx_cluster_common::spec::{CutTensor, ModelSpec};
-use mlx_rs::Array;
+use mlx_rs::{Array, transforms};
 use std::collections::BTreeMap;
 
 /// The tensors that cross a cut, each `[tokens, width]`, rows in the order of the step's tokens.
@@ -35,6 +35,16 @@ impl Activations {
         }
         let found: Vec<_> = self.tensors.iter().map(|(tensor, array)| (tensor.name(), array.shape())).collect();
         Err(LmError::WrongInput { wanted: format!("{wanted:?}"), found: format!("{found:?}") })
+    }
+
+    /// Starts the device on them without waiting for it.
+    pub fn start(&self) -> Result<(), LmError> {
+        Ok(transforms::async_eval(self.tensors.values())?)
+    }
+
+    /// Waits for the device.
+    pub fn wait(&self) -> Result<(), LmError> {
+        Ok(transforms::eval(self.tensors.values())?)
     }
 
     pub fn get(&self, tensor: CutTensor) -> Result<&Array, LmError> {

@@ -1,7 +1,7 @@
 //! What this machine can do, measured once: the rate of a large matrix product on the device that models run on.
 
 use crate::error::LmError;
-use mlx_rs::{Array, ops};
+use mlx_rs::{Array, error::Exception, ops, transforms::compile::compile as compiled};
 use std::time::{Duration, Instant};
 
 const SIZE: i32 = 1024;
@@ -18,6 +18,13 @@ pub fn matmul_rate() -> Result<f64, LmError> {
         rounds += 1;
     }
     Ok(2.0 * f64::from(SIZE).powi(3) * f64::from(rounds) / start.elapsed().as_secs_f64())
+}
+
+/// An error where MLX cannot compile: on Linux it needs a C++ compiler at run time.
+pub fn compile() -> Result<(), LmError> {
+    let x = Array::from_slice(&[1.0f32, 2.0], &[2]);
+    let mut function = compiled(|x: &Array| -> Result<Array, Exception> { ops::multiply(&ops::exp(x)?, x) }, None);
+    Ok(function(&x)?.eval()?)
 }
 
 /// Bytes per second that summing a large buffer reads, with all cores.

@@ -26,12 +26,16 @@ pub enum BootLine {
     },
     Ready {
         port: u16,
-        /// For the collectives of its group; 0 when it is alone.
+        /// For the collectives of its group; 0, or left out, when it is alone.
+        #[serde(default)]
         group_port: u16,
     },
     /// It cannot work and says why; the process ends right after. `hopeless`: starting it again would fail the same way.
+    /// `lost`: the worker whose engine it lost, when that is all that was wrong.
     Failed {
         cause: String,
         hopeless: bool,
+        #[serde(default)]
+        lost: Option<String>,
     },
 }

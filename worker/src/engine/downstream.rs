@@ -1,8 +1,9 @@
-//! Sends what a stage makes to the next engine, and notices when that one is gone.
+//! Sends what a stage makes to the next engine, or steps to another rank of its own, and notices when that one is gone.
 
 use super::{
     Command, Outgoing,
     inbound::{HEARTBEAT, SILENCE_MAX},
+    watchdog::Watchdog,
 };
 use mlx_cluster_common::{engine::Peer, ids::Epoch};
 use mlx_cluster_proto::{
@@ -12,13 +13,32 @@ use mlx_cluster_proto::{
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 /// Messages that wait for the network.
 const IN_FLIGHT: usize = 8;
 
-/// A standing connection to the next engine.
+/// Who is fed.
+#[derive(Debug, Clone)]
+pub(super) enum Target {
+    NextStage,
+    /// Takes results.
+    Lead,
+    /// Of this engine's own group.
+    Rank(usize, Watchdog),
+}
+
+/// Whom to connect to, and for which epoch. `from` is this engine's worker, for messages.
+pub(super) struct Call<'a> {
+    pub(super) from: &'a str,
+    pub(super) epoch: Epoch,
+    pub(super) target: Target,
+    pub(super) peer: Peer,
+}
+
+/// A standing connection to another engine.
 pub(super) struct Downstream {
+    target: Target,
     peer: Peer,
     epoch: Epoch,
     steps: mpsc::Sender<wire::StepFrame>,
@@ -27,20 +47,21 @@ pub(super) struct Downstream {
 }
 
 impl Downstream {
-    /// Connects to `peer`: the next stage when `to_stage`, else the lead, who takes results.
-    pub(super) async fn connect(peer: Peer, epoch: Epoch, to_stage: bool) -> Result<Self, Status> {
+    pub(super) async fn connect(call: Call<'_>) -> Result<Self, Status> {
+        let Call { from, epoch, target, peer } = call;
         let channel = net::connect(&peer.name, &peer.addresses).await.map_err(|error| Status::unavailable(error.to_string()))?;
         let mut client =
             EngineClient::new(channel).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
         let (steps, step_stream) = mpsc::channel(IN_FLIGHT);
         let (results, result_stream) = mpsc::channel(IN_FLIGHT);
-        // The peer learns from the first frame which epoch the stream belongs to. The channels are empty, so there is room.
-        drop((steps.try_send(alive_step(epoch)), results.try_send(alive_result(epoch))));
-        let heartbeats = match to_stage {
-            true => open(&peer, client.steps(ReceiverStream::new(step_stream))).await?,
-            false => open(&peer, client.results(ReceiverStream::new(result_stream))).await?,
+        // The peer learns from the first frame which epoch the stream belongs to and whose it is. The channels are empty, so there is room.
+        drop(steps.try_send(wire::StepFrame { sender: from.to_owned(), ..alive_step(epoch) }));
+        drop(results.try_send(wire::StepResult { sender: from.to_owned(), ..alive_result(epoch) }));
+        let heartbeats = match &target {
+            Target::NextStage | Target::Rank(..) => open(&peer, client.steps(ReceiverStream::new(step_stream))).await?,
+            Target::Lead => open(&peer, client.results(ReceiverStream::new(result_stream))).await?,
         };
-        Ok(Self { peer, epoch, steps, results, heartbeats })
+        Ok(Self { target, peer, epoch, steps, results, heartbeats })
     }
 
     /// Sends what comes from the thread until the epoch is cancelled or the peer is lost; then says so.
@@ -50,16 +71,32 @@ impl Downstream {
         commands: mpsc::Sender<Command>,
         cancelled: CancellationToken,
     ) {
-        let message = tokio::select! {
+        let end = tokio::select! {
             () = cancelled.cancelled() => None,
-            message = send_all(&self.steps, &self.results, self.epoch, &mut outgoing) => message,
-            message = listen(&mut self.heartbeats) => Some(message),
+            end = send_all(&self.steps, &self.results, self.epoch, &mut outgoing) => end,
+            end = listen(&mut self.heartbeats) => Some(end),
         };
-        let Some(message) = message else { return };
+        let Some(End { message, is_loss }) = end else { return };
         let Peer { name, .. } = self.peer;
+        if let (Target::Rank(rank, group), true) = (&self.target, is_loss) {
+            group.lost(*rank, &message);
+        }
         let message = format!("lost {name}: {message}");
         // The thread that takes commands lives as long as the process.
         drop(commands.send(Command::Broken { epoch: self.epoch, node: name, message }).await);
+    }
+}
+
+/// Why a connection is of no more use.
+struct End {
+    message: String,
+    /// The peer is gone, or seems to be; else it says that it is done with the epoch.
+    is_loss: bool,
+}
+
+impl End {
+    fn loss(message: impl Into<String>) -> Self {
+        Self { message: message.into(), is_loss: true }
     }
 }
 
@@ -80,8 +117,7 @@ async fn send_all(
     results: &mpsc::Sender<wire::StepResult>,
     epoch: Epoch,
     outgoing: &mut mpsc::Receiver<Outgoing>,
-) -> Option<String> {
-    let gone = || Some("it closed the connection".to_owned());
+) -> Option<End> {
     loop {
         let sent = match timeout(HEARTBEAT, outgoing.recv()).await {
             Ok(Some(Outgoing::Step(frame))) => steps.send(frame).await.is_ok(),
@@ -94,7 +130,7 @@ async fn send_all(
             }
         };
         if !sent {
-            return gone();
+            return Some(End::loss("it closed the connection"));
         }
     }
 }
@@ -108,13 +144,13 @@ fn alive_result(epoch: Epoch) -> wire::StepResult {
     wire::StepResult { epoch: epoch.0, ..Default::default() }
 }
 
-async fn listen(heartbeats: &mut Streaming<wire::Heartbeat>) -> String {
+async fn listen(heartbeats: &mut Streaming<wire::Heartbeat>) -> End {
     loop {
         match timeout(SILENCE_MAX, heartbeats.next()).await {
             Ok(Some(Ok(_))) => {}
-            Ok(Some(Err(status))) => return status.message().to_owned(),
-            Ok(None) => return "it ended the stream".to_owned(),
-            Err(_) => return format!("no sign of life for {} s", SILENCE_MAX.as_secs()),
+            Ok(Some(Err(status))) => return End { message: status.message().to_owned(), is_loss: status.code() != Code::Aborted },
+            Ok(None) => return End::loss("it ended the stream"),
+            Err(_) => return End::loss(format!("no sign of life for {} s", SILENCE_MAX.as_secs())),
         }
     }
 }

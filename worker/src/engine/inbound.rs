@@ -1,6 +1,6 @@
 //! The stream of a neighbour that feeds this engine: frames in, heartbeats out, both of one epoch.
 
-use super::{Command, relay::Fault};
+use super::{Command, relay::Fault, watchdog::Watchdog};
 use mlx_cluster_common::ids::Epoch;
 use mlx_cluster_proto::wire;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use tokio::{
     time::interval,
 };
 use tokio_stream::StreamExt;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 /// Both sides of a stream say something at least this often.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -19,16 +19,23 @@ pub(super) const SILENCE_MAX: Duration = Duration::from_secs(8);
 /// What a neighbour sends.
 pub(super) trait Frame: Send + 'static {
     /// Who sends it, for messages.
-    const SENDER: &'static str;
+    const ROLE: &'static str;
 
     fn epoch(&self) -> Epoch;
+
+    /// The sender's worker; empty but in the first frame.
+    fn sender(&self) -> &str;
 
     /// None for a frame that only says that the sender is alive.
     fn into_command(self) -> Option<Command>;
 }
 
 impl Frame for wire::StepFrame {
-    const SENDER: &'static str = "the stage before";
+    const ROLE: &'static str = "the engine that sends steps";
+
+    fn sender(&self) -> &str {
+        &self.sender
+    }
 
     fn epoch(&self) -> Epoch {
         Epoch(self.epoch)
@@ -40,7 +47,11 @@ impl Frame for wire::StepFrame {
 }
 
 impl Frame for wire::StepResult {
-    const SENDER: &'static str = "the last stage";
+    const ROLE: &'static str = "the last stage";
+
+    fn sender(&self) -> &str {
+        &self.sender
+    }
 
     fn epoch(&self) -> Epoch {
         Epoch(self.epoch)
@@ -57,12 +68,23 @@ pub(super) struct Inbound<F> {
     /// The epoch that this engine was linked for last.
     pub(super) epoch: watch::Receiver<Epoch>,
     pub(super) faults: watch::Receiver<Fault>,
+    /// When the sender is rank 0 of this engine's own group: told when it is lost.
+    pub(super) group: Option<Watchdog>,
+}
+
+/// What the sender's frames said of it.
+struct Sender {
+    epoch: Option<Epoch>,
+    /// Its role, or its worker as soon as that is known.
+    name: String,
 }
 
 /// Why a stream ends, told to the sender or to the thread that owns the arrays.
 enum End {
     /// The sender is gone or breaks the rules.
     Lost(String),
+    /// The sender ended the stream: its epoch is over.
+    Closed(String),
     /// This engine cannot go on with the sender's epoch.
     Refused(Status),
     /// Nobody needs to know.
@@ -80,12 +102,16 @@ enum Event<F> {
 impl<F: Frame> Inbound<F> {
     /// Until the stream ends for whatever reason; an engine may be connected to before it is linked itself.
     pub(super) async fn run(mut self, heartbeats: mpsc::Sender<Result<wire::Heartbeat, Status>>) {
-        let mut sender_epoch = None;
-        match self.relay(&heartbeats, &mut sender_epoch).await {
-            End::Lost(message) => {
-                let epoch = sender_epoch.unwrap_or_default();
+        let mut sender = Sender { epoch: None, name: F::ROLE.to_owned() };
+        let end = self.relay(&heartbeats, &mut sender).await;
+        if let (End::Lost(message), Some(group)) = (&end, &self.group) {
+            group.lost(0, message);
+        }
+        match end {
+            End::Lost(message) | End::Closed(message) => {
+                let epoch = sender.epoch.unwrap_or_default();
                 // The thread that takes commands lives as long as the process.
-                drop(self.commands.send(Command::Broken { epoch, node: F::SENDER.into(), message }).await);
+                drop(self.commands.send(Command::Broken { epoch, node: sender.name, message }).await);
             }
             // The sender may be gone by now.
             End::Refused(status) => drop(heartbeats.send(Err(status)).await),
@@ -93,7 +119,7 @@ impl<F: Frame> Inbound<F> {
         }
     }
 
-    async fn relay(&mut self, heartbeats: &mpsc::Sender<Result<wire::Heartbeat, Status>>, sender_epoch: &mut Option<Epoch>) -> End {
+    async fn relay(&mut self, heartbeats: &mpsc::Sender<Result<wire::Heartbeat, Status>>, sender: &mut Sender) -> End {
         let mut ticks = interval(HEARTBEAT);
         let mut heard = Instant::now();
         loop {
@@ -106,27 +132,28 @@ impl<F: Frame> Inbound<F> {
             match event {
                 Event::Frame(Some(Ok(frame))) => {
                     heard = Instant::now();
-                    *sender_epoch = Some(frame.epoch());
+                    sender.hear(&frame);
                     if let Some(command) = frame.into_command()
                         && self.commands.send(command).await.is_err()
                     {
                         return End::Quiet;
                     }
                 }
-                Event::Frame(Some(Err(status))) => return End::Lost(format!("lost {}: {}", F::SENDER, status.message())),
-                Event::Frame(None) => return End::Lost(format!("{} closed its stream", F::SENDER)),
+                Event::Frame(Some(Err(status))) if status.code() == Code::Cancelled => return End::Closed(sender.ended()),
+                Event::Frame(Some(Err(status))) => return End::Lost(format!("lost {}: {}", sender.name, status.message())),
+                Event::Frame(None) => return End::Closed(sender.ended()),
                 Event::Tick if heard.elapsed() > SILENCE_MAX => {
-                    return End::Lost(format!("{} was silent for {} s", F::SENDER, SILENCE_MAX.as_secs()));
+                    return End::Lost(format!("{} was silent for {} s", sender.name, SILENCE_MAX.as_secs()));
                 }
                 Event::Tick => {
                     if heartbeats.send(Ok(wire::Heartbeat::default())).await.is_err() {
-                        return End::Lost(format!("{} listens no more", F::SENDER));
+                        return End::Closed(format!("{} listens no more", sender.name));
                     }
                 }
                 Event::State(false) => return End::Refused(Status::unavailable("the engine is stopping")),
                 Event::State(true) => {}
             }
-            if let Some(status) = self.refusal(*sender_epoch) {
+            if let Some(status) = self.refusal(sender.epoch) {
                 return End::Refused(status);
             }
         }
@@ -141,6 +168,19 @@ impl<F: Frame> Inbound<F> {
             return Some(Status::aborted(message.clone()));
         }
         let own = *self.epoch.borrow();
-        (own > sender).then(|| Status::cancelled(format!("linked anew, for epoch {own}")))
+        (own > sender).then(|| Status::aborted(format!("linked anew, for epoch {own}")))
+    }
+}
+
+impl Sender {
+    fn hear(&mut self, frame: &impl Frame) {
+        self.epoch = Some(frame.epoch());
+        if !frame.sender().is_empty() {
+            self.name = frame.sender().to_owned();
+        }
+    }
+
+    fn ended(&self) -> String {
+        format!("{} closed its stream", self.name)
     }
 }

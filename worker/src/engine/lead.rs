@@ -1,9 +1,11 @@
-//! The lead's loop: schedules steps, runs the first stage, hands tokens to the coordinator. Owns every array of its process.
+//! The lead's loop: schedules steps, hands them to the other ranks of the first stage, runs it, hands tokens to the coordinator. Owns every array of its process.
 
 use super::{
     CHANNEL, Command, Outgoing,
     hops::Hops,
     pace::Pace,
+    ranks::Ranks,
+    relay::forward,
     scheduler::{BatchScheduler, Limits},
     tensors,
 };
@@ -36,11 +38,14 @@ struct Running {
 
 pub(super) struct Lead {
     shard: Shard,
+    ranks: Ranks,
     scheduler: BatchScheduler,
     commands: mpsc::Receiver<Command>,
     pulse: Arc<watch::Sender<Pulse>>,
     epoch: Epoch,
     output: Option<mpsc::Sender<Outgoing>>,
+    /// The other ranks of the first stage.
+    others: Vec<mpsc::Sender<Outgoing>>,
     deliveries: Option<mpsc::Sender<wire::Delivery>>,
     /// With one stage: the step that the device works on.
     running: Option<Running>,
@@ -53,6 +58,7 @@ pub(super) struct Lead {
 impl Lead {
     pub(super) fn new(
         shard: Shard,
+        ranks: Ranks,
         limits: Limits,
         commands: mpsc::Receiver<Command>,
         pulse: Arc<watch::Sender<Pulse>>,
@@ -62,6 +68,7 @@ impl Lead {
         scheduler.pace(pace.tokens());
         Self {
             shard,
+            ranks,
             scheduler,
             hops: Hops::new(limits.n_stages),
             pace,
@@ -69,6 +76,7 @@ impl Lead {
             pulse,
             epoch: Epoch(0),
             output: None,
+            others: Vec::new(),
             deliveries: None,
             running: None,
             progress: 0,
@@ -113,13 +121,14 @@ impl Lead {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Link { epoch, output } => {
+            Command::Link { epoch, output, ranks, join } => {
+                self.settle();
                 self.epoch = epoch;
-                self.output = output;
+                (self.output, self.others) = (output, ranks);
                 self.deliveries = None;
-                self.running = None;
                 self.shard.clear();
                 self.scheduler.reset(epoch);
+                self.ranks.join(join, &mut self.shard);
             }
             Command::Open { epoch, deliveries } if epoch == self.epoch => {
                 self.scheduler.cancel_all();
@@ -155,7 +164,10 @@ impl Lead {
         let Some(before) = std::mem::replace(&mut self.running, started) else {
             return Ok(());
         };
-        let result = before.pending.read().map_err(|error| error.to_string())?;
+        let result = {
+            let _work = self.ranks.step();
+            self.ranks.check(before.pending.read())?
+        };
         self.step_ended(before.prompt_tokens, before.started);
         self.take_result(result);
         Ok(())
@@ -170,13 +182,18 @@ impl Lead {
         let (started, prompt_tokens) = (Instant::now(), prompt_tokens(&step));
         self.progress += 1;
         self.publish();
-        match self.shard.apply(&step, None).map_err(|error| error.to_string())? {
+        let work = self.ranks.step();
+        if !self.others.is_empty() {
+            self.ranks.check(forward(&self.others, wire::StepFrame::new(step.clone(), Vec::new())))?;
+        }
+        match self.ranks.check(self.shard.apply(&step, None))? {
             StepOutput::Result(pending) => {
-                pending.start().map_err(|error| error.to_string())?;
+                self.ranks.check(pending.start())?;
                 Ok(Some(Running { pending, prompt_tokens, started }))
             }
             StepOutput::Activations(activations) => {
-                let frame = wire::StepFrame::new(step, tensors::write(&activations)?);
+                let frame = wire::StepFrame::new(step, self.ranks.check(tensors::write(&activations))?);
+                drop(work);
                 self.step_ended(prompt_tokens, started);
                 self.hops.leaves(frame.number, self.scheduler.under_way() == 1, Instant::now());
                 let output = self.output.as_ref().ok_or("the next stage is not connected")?;
@@ -211,11 +228,20 @@ impl Lead {
             // Nobody may be listening any more; then there is nobody to tell.
             drop(sender.blocking_send(wire::Delivery { delivery: Some(wire::delivery::Delivery::Broken(broken)) }));
         }
-        self.running = None;
         self.output = None;
+        self.others.clear();
+        self.settle();
         self.shard.clear();
         self.scheduler.reset(Epoch(0));
         self.epoch = Epoch(0);
+    }
+
+    /// Until nothing runs any more that other ranks take part in; what comes out is for nobody.
+    fn settle(&mut self) {
+        let Some(running) = self.running.take().filter(|_| !self.ranks.is_alone()) else { return };
+        let _work = self.ranks.step();
+        // An error ends the process of a group.
+        drop(self.ranks.check(running.pending.read()));
     }
 
     fn publish(&self) {

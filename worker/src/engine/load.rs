@@ -1,6 +1,6 @@
 //! From a folder of files to a shard that is ready to step.
 
-use super::boot::Boot;
+use super::{boot::Boot, ranks};
 use mlx_cluster_common::{
     architectures::read_spec,
     config::parse_json,
@@ -9,7 +9,7 @@ use mlx_cluster_common::{
     tensor::{check_cover, rank_model},
     weights::{WeightIndex, WeightMap},
 };
-use mlx_cluster_lm::{group::Group, shard::Shard, weights::Weights};
+use mlx_cluster_lm::{LmError, group::Group, probe, shard::Shard, weights::Weights};
 use std::{
     fs::File,
     time::{Duration, Instant},
@@ -20,8 +20,20 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Longest wait for other engines of this machine that warm up.
 const WARM_UP_WAIT: Duration = Duration::from_secs(60);
 
+/// A shard that is ready to step, and its place in the group of its stage, which forms later.
+pub(super) struct Loaded {
+    pub(super) shard: Shard,
+    /// None when it is alone.
+    pub(super) group: Option<Group>,
+    /// See [`ModelSpec::part_multiple`].
+    pub(super) part_multiple: u32,
+}
+
 /// Reads, checks and builds. `progress` is told bytes done and bytes in all. An error is a sentence; trying again would not help.
-pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(Shard, ModelSpec), String> {
+pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<Loaded, String> {
+    if let Some(missing) = ranks::missing(&boot.spec) {
+        return Err(missing);
+    }
     let folder = &boot.folder;
     let text =
         std::fs::read(folder.join("config.json")).map_err(|error| format!("cannot read config.json in {}: {error}", folder.display()))?;
@@ -48,18 +60,24 @@ pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<(S
     };
     let shard = Shard::new(&rank.spec, boot.spec.layers.clone(), weights, &boot.spec.caches);
     let mut shard = shard.map_err(|error| error.to_string())?;
-    let alone = alone_on_this_machine();
-    let warmed = shard.warm_up();
-    drop(alone);
-    if let Err(error) = warmed {
+    if let Err(error) = prepare(boot, &mut shard) {
         tracing::warn!(%error, "decode steps run uncompiled on this machine (on Linux, MLX needs a C++ compiler at run time)");
         shard.disable_compilation();
     }
-    Ok((shard, spec))
+    Ok(Loaded { shard, group, part_multiple: spec.part_multiple() })
+}
+
+/// Warms up, or, where that takes other ranks, finds out whether anything can be compiled here.
+fn prepare(boot: &Boot, shard: &mut Shard) -> Result<(), LmError> {
+    if !boot.spec.place.is_alone() {
+        return probe::compile();
+    }
+    let _alone = alone_on_this_machine();
+    shard.warm_up()
 }
 
 /// MLX keeps compiled CPU kernels as files in the temporary folder, and a process that loads one while another still writes it fails: so
-/// engines of one machine warm up one after the other. Whoever cannot have the lock in time goes on without it.
+/// engines of one machine warm up one after the other (those of groups, which warm up together, have a folder each). Whoever cannot have the lock in time goes on without it.
 fn alone_on_this_machine() -> Option<File> {
     let file = File::create(std::env::temp_dir().join("mlx-cluster-warm-up.lock")).ok()?;
     let start = Instant::now();

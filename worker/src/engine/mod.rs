@@ -11,16 +11,19 @@ mod inbound;
 mod lead;
 mod load;
 mod pace;
+mod ranks;
 mod relay;
 mod run;
 mod scheduler;
 mod service;
 mod tensors;
+mod watchdog;
 
 pub use run::{probe, run};
 
 use mlx_cluster_common::ids::Epoch;
 use mlx_cluster_proto::wire;
+use ranks::Join;
 use tokio::sync::mpsc;
 
 /// Messages between a task and the thread that owns the arrays; who is slower makes the other wait.
@@ -28,12 +31,14 @@ const CHANNEL: usize = 256;
 
 /// What the tasks hand to the thread that owns the arrays.
 enum Command {
-    /// A new epoch: forget all sequences; outputs go here from now on.
+    /// A new epoch: forget all sequences; outputs go here from now on, and steps to the other ranks of this stage.
     Link {
         epoch: Epoch,
         output: Option<mpsc::Sender<Outgoing>>,
+        ranks: Vec<mpsc::Sender<Outgoing>>,
+        join: Option<Join>,
     },
-    /// To a stage behind the first.
+    /// To all engines but the lead.
     Step(Box<wire::StepFrame>),
     /// To the lead.
     Open {

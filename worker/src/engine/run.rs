@@ -4,18 +4,21 @@ use super::{
     CHANNEL, Command,
     boot::{Boot, BootLine},
     lead::{Lead, Pulse},
-    load::load,
+    load::{Loaded, load},
+    ranks::{Ranks, Seat},
     relay::{Fault, Relay},
     scheduler::Limits,
     service::Service,
+    watchdog::{End, Watchdog},
 };
-use mlx_cluster_lm::{ffi, probe as measure, shard::Shard};
+use mlx_cluster_lm::{ffi, probe as measure};
 use mlx_cluster_proto::{net, wire::engine_server::EngineServer};
 use std::{
     io::{self, BufRead, Read, Write},
     process::ExitCode,
     sync::Arc,
     thread,
+    time::Duration,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -24,8 +27,10 @@ const BOOT_LINE_BYTES_MAX: u64 = 1 << 20;
 /// Prompt tokens of a step, at most.
 const PREFILL_TOKENS: u32 = 512;
 const SCORED_TOKENS: u32 = 128;
+/// A process that is ending gets this long.
+const ORDERLY_END: Duration = Duration::from_millis(500);
 
-/// Runs the hidden `engine` verb until stdin closes. Exit code 3: the model cannot be served; 4: no address to serve on.
+/// Runs the hidden `engine` verb until stdin closes. Exit code 3: the model cannot be served; 4: no address to serve on; 5: its group is lost.
 pub fn run() -> ExitCode {
     let boot = match read_boot() {
         Ok(boot) => boot,
@@ -33,11 +38,11 @@ pub fn run() -> ExitCode {
     };
     end_with_stdin();
     let report = |done_bytes, total_bytes| say(&BootLine::Loading { done_bytes, total_bytes });
-    let (shard, model) = match load(&boot, report) {
+    let loaded = match load(&boot, report) {
         Ok(loaded) => loaded,
         Err(cause) => return fail(cause, 3),
     };
-    match serve(boot, shard, model.part_multiple()) {
+    match serve(boot, loaded) {
         Ok(()) => ExitCode::SUCCESS,
         Err(cause) => fail(cause, 4),
     }
@@ -71,8 +76,19 @@ fn end_with_stdin() {
 
 fn fail(cause: String, code: u8) -> ExitCode {
     eprintln!("{cause}");
-    say(&BootLine::Failed { cause, hopeless: true });
+    say(&BootLine::Failed { cause, hopeless: true, lost: None });
     ExitCode::from(code)
+}
+
+/// Ends the process of a rank whose group is lost. What runs at an orderly end may wait for the thread that hangs.
+fn end_lost(end: End) {
+    eprintln!("{}", end.cause);
+    say(&end.into());
+    thread::spawn(|| {
+        thread::sleep(ORDERLY_END);
+        std::process::abort();
+    });
+    std::process::exit(5);
 }
 
 fn say(line: &BootLine) {
@@ -82,16 +98,21 @@ fn say(line: &BootLine) {
 }
 
 /// Serves from a small runtime while one thread steps. Ends only when that thread does.
-fn serve(boot: Boot, shard: Shard, part_multiple: u32) -> Result<(), String> {
+fn serve(boot: Boot, loaded: Loaded) -> Result<(), String> {
+    let Loaded { shard, group, part_multiple } = loaded;
     let (commands, receiver) = mpsc::channel::<Command>(CHANNEL);
     let (pulse, pulse_receiver) = watch::channel(Pulse::default());
     let (faults, fault_receiver) = watch::channel::<Fault>(None);
     let spec = boot.spec.clone();
-    let service = Service::new(commands, spec.stage, spec.n_stages, pulse_receiver, fault_receiver, boot.node_name.clone());
+    let is_alone = spec.place.is_alone();
+    let watchdog = if is_alone { Watchdog::idle() } else { Watchdog::start(spec.place.rank, end_lost) };
+    let service = Service::new(commands, spec.clone(), watchdog.clone(), pulse_receiver, fault_receiver, boot.node_name.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start the network runtime: {error}"))?;
     let listener = runtime.block_on(net::listen(boot.listen)).map_err(|error| format!("cannot listen on {}: {error}", boot.listen))?;
     let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+    let seat = (!is_alone).then(|| Seat::take(boot.listen.ip())).transpose();
+    let seat = seat.map_err(|error| format!("cannot keep a port of {} for the group: {error}", boot.listen.ip()))?;
     runtime.spawn(async move {
         let server =
             EngineServer::new(service).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
@@ -99,10 +120,11 @@ fn serve(boot: Boot, shard: Shard, part_multiple: u32) -> Result<(), String> {
         eprintln!("the engine's server ended: {served:?}");
         std::process::exit(4);
     });
-    say(&BootLine::Ready { port, group_port: 0 });
-    match spec.is_first() {
-        true => Lead::new(shard, limits(&boot, part_multiple), receiver, Arc::new(pulse), boot.node_name).run(),
-        false => Relay::new(shard, receiver, faults, boot.node_name).run(),
+    say(&BootLine::Ready { port, group_port: seat.as_ref().map_or(0, |seat| seat.port) });
+    let ranks = Ranks::new(group, spec.collective, seat, watchdog);
+    match spec.is_lead() {
+        true => Lead::new(shard, ranks, limits(&boot, part_multiple), receiver, Arc::new(pulse), boot.node_name).run(),
+        false => Relay::new(shard, ranks, spec, receiver, faults, boot.node_name).run(),
     }
     Ok(())
 }

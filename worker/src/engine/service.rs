@@ -1,33 +1,29 @@
 //! The engine's gRPC service: turns streams into commands for the thread that owns the arrays.
 
 use super::{
-    CHANNEL, Command,
-    downstream::Downstream,
+    CHANNEL, Command, Outgoing,
+    downstream::{Call, Downstream, Target},
     inbound::{Frame, HEARTBEAT, Inbound, SILENCE_MAX},
     lead::Pulse,
+    ranks::{JOINING, Join, STEP_DEADLINE},
     relay::Fault,
+    watchdog::Watchdog,
 };
 use mlx_cluster_common::{
-    engine::Link,
+    engine::{EngineSpec, GroupLink, Link},
     ids::{Epoch, SequenceId},
     request::{Delivery, SessionCommand, Submission},
 };
 use mlx_cluster_proto::wire::{self, engine_server::Engine, session_command::Command as WireCommand};
-use std::{
-    pin::Pin,
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::{pin::Pin, sync::Mutex, time::Instant};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{interval, timeout},
 };
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
-/// A step that takes longer than this, on whatever stage, ends the epoch: something hangs.
-const STEP_DEADLINE: Duration = Duration::from_secs(180);
 /// Tokens that wait for the coordinator to read them; when it is further behind, the engine waits for it.
 const DELIVERIES: usize = 4096;
 
@@ -37,9 +33,8 @@ pub(super) struct Service {
     commands: mpsc::Sender<Command>,
     /// For messages.
     node_name: String,
-    is_lead: bool,
-    is_last: bool,
-    n_stages: u32,
+    spec: EngineSpec,
+    watchdog: Watchdog,
     pulse: watch::Receiver<Pulse>,
     faults: watch::Receiver<Fault>,
     /// Ends the tasks of the epoch that is over. A mutex, because two Link calls may come at once; never held across an await.
@@ -51,8 +46,8 @@ pub(super) struct Service {
 impl Service {
     pub(super) fn new(
         commands: mpsc::Sender<Command>,
-        stage: u32,
-        n_stages: u32,
+        spec: EngineSpec,
+        watchdog: Watchdog,
         pulse: watch::Receiver<Pulse>,
         faults: watch::Receiver<Fault>,
         node_name: String,
@@ -60,9 +55,8 @@ impl Service {
         Self {
             node_name,
             commands,
-            is_lead: stage == 0,
-            is_last: stage + 1 == n_stages,
-            n_stages,
+            spec,
+            watchdog,
             pulse,
             faults,
             epoch_tasks: Mutex::new(CancellationToken::new()),
@@ -80,6 +74,7 @@ impl Service {
         let fresh = CancellationToken::new();
         let mut current = self.epoch_tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         std::mem::replace(&mut *current, fresh.clone()).cancel();
+        self.watchdog.epoch_over(&format!("it was linked for epoch {epoch}"));
         self.epoch.send_replace(epoch);
         fresh
     }
@@ -89,15 +84,40 @@ impl Service {
     }
 
     /// Takes the frames of a neighbour, and answers with heartbeats as long as its epoch lives here.
-    fn take<F: Frame>(&self, frames: Streaming<F>) -> Outbound<wire::Heartbeat> {
+    fn take<F: Frame>(&self, frames: Streaming<F>, group: Option<Watchdog>) -> Outbound<wire::Heartbeat> {
         let (sender, receiver) = mpsc::channel(2);
-        let inbound = Inbound { frames, commands: self.commands.clone(), epoch: self.epoch.subscribe(), faults: self.faults.clone() };
+        let inbound =
+            Inbound { frames, commands: self.commands.clone(), epoch: self.epoch.subscribe(), faults: self.faults.clone(), group };
         self.tasks.spawn(inbound.run(sender));
         Box::pin(ReceiverStream::new(receiver))
     }
 
+    /// Connects to another engine for as long as the epoch lives; what is sent into the channel goes there.
+    async fn connect(&self, call: Call<'_>, cancelled: &CancellationToken) -> Result<mpsc::Sender<Outgoing>, Status> {
+        let downstream = Downstream::connect(call).await?;
+        let (sender, outgoing) = mpsc::channel(CHANNEL);
+        self.tasks.spawn(downstream.run(outgoing, self.commands.clone(), cancelled.clone()));
+        Ok(sender)
+    }
+
     fn check_neighbour(&self, is_wanted: bool, what: &'static str) -> Result<(), Status> {
         if is_wanted { Ok(()) } else { Err(Status::failed_precondition(format!("this engine takes no {what}"))) }
+    }
+}
+
+/// Whether a link names the neighbours that an engine of this place has.
+fn check_link(spec: &EngineSpec, link: &Link) -> Result<(), Status> {
+    let (rank, ranks) = (spec.place.rank, spec.place.ranks());
+    let sends = rank == 0;
+    let fits = link.next.is_some() == (sends && spec.n_stages > 1)
+        && link.ranks.len() == if sends { ranks - 1 } else { 0 }
+        && link.group.as_ref().map_or(1, |group| group.names.len()) == ranks;
+    match fits {
+        true => Ok(()),
+        false => Err(Status::invalid_argument(format!(
+            "rank {rank} of {ranks} of stage {} of {} was linked as another one would be",
+            spec.stage, spec.n_stages
+        ))),
     }
 }
 
@@ -109,39 +129,52 @@ impl Engine for Service {
 
     async fn link(&self, request: Request<wire::LinkRequest>) -> Result<Response<wire::LinkReply>, Status> {
         let link = Link::try_from(request.into_inner())?;
-        if link.next.is_none() != (self.n_stages == 1) {
-            return Err(Status::invalid_argument(format!(
-                "an engine of {} stages was linked {} a next one",
-                self.n_stages,
-                if link.next.is_none() { "without" } else { "to" }
-            )));
+        check_link(&self.spec, &link)?;
+        if let Some(GroupLink { names, .. }) = &link.group {
+            self.watchdog.meet(names);
         }
-        let cancelled = self.begin_epoch(link.epoch);
+        let epoch = link.epoch;
+        let cancelled = self.begin_epoch(epoch);
+        let call = |target, peer| Call { from: &self.node_name, epoch, target, peer };
         let output = match link.next {
             None => None,
             Some(peer) => {
-                let downstream = Downstream::connect(peer, link.epoch, !self.is_last).await?;
-                let (sender, outgoing) = mpsc::channel(CHANNEL);
-                self.tasks.spawn(downstream.run(outgoing, self.commands.clone(), cancelled));
-                Some(sender)
+                let target = if self.spec.is_last() { Target::Lead } else { Target::NextStage };
+                Some(self.connect(call(target, peer), &cancelled).await?)
             }
         };
-        self.command(Command::Link { epoch: link.epoch, output }).await?;
+        let mut ranks = Vec::new();
+        for (rank, peer) in (1..).zip(link.ranks) {
+            ranks.push(self.connect(call(Target::Rank(rank, self.watchdog.clone()), peer), &cancelled).await?);
+        }
+        let (join, joined) = match link.group {
+            None => (None, None),
+            Some(link) => {
+                let (joined, answer) = oneshot::channel();
+                (Some(Join { link, joined }), Some(answer))
+            }
+        };
+        self.command(Command::Link { epoch, output, ranks, join }).await?;
+        if let Some(joined) = joined {
+            let joined = timeout(JOINING, joined).await.map_err(|_| Status::deadline_exceeded("the group did not form in time"))?;
+            joined.map_err(|_| Status::unavailable("the engine is stopping"))?.map_err(Status::failed_precondition)?;
+        }
         Ok(Response::new(wire::LinkReply {}))
     }
 
     async fn steps(&self, request: Request<Streaming<wire::StepFrame>>) -> Result<Response<Self::StepsStream>, Status> {
-        self.check_neighbour(!self.is_lead, "steps")?;
-        Ok(Response::new(self.take(request.into_inner())))
+        self.check_neighbour(!self.spec.is_lead(), "steps")?;
+        let group = (self.spec.place.rank > 0).then(|| self.watchdog.clone());
+        Ok(Response::new(self.take(request.into_inner(), group)))
     }
 
     async fn results(&self, request: Request<Streaming<wire::StepResult>>) -> Result<Response<Self::ResultsStream>, Status> {
-        self.check_neighbour(self.is_lead, "results")?;
-        Ok(Response::new(self.take(request.into_inner())))
+        self.check_neighbour(self.spec.is_lead(), "results")?;
+        Ok(Response::new(self.take(request.into_inner(), None)))
     }
 
     async fn session(&self, request: Request<Streaming<wire::SessionCommand>>) -> Result<Response<Self::SessionStream>, Status> {
-        self.check_neighbour(self.is_lead, "sessions")?;
+        self.check_neighbour(self.spec.is_lead(), "sessions")?;
         let mut commands = request.into_inner();
         let first = timeout(SILENCE_MAX, commands.next()).await.map_err(|_| Status::deadline_exceeded("no command came"))?;
         let Some(Ok(wire::SessionCommand { command: Some(WireCommand::Open(epoch)) })) = first else {

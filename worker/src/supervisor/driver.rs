@@ -99,6 +99,8 @@ pub(crate) struct Observation {
 #[derive(Debug)]
 pub(crate) struct Launch {
     pub(crate) command: PathBuf,
+    /// This worker's own, for what engines leave on disk while they run.
+    pub(crate) folder: PathBuf,
     pub(crate) listen: IpAddr,
     pub(crate) worker: String,
 }
@@ -322,7 +324,7 @@ impl Driver {
             let panicked = AssertUnwindSafe(store.fetch(run, &spec, events.clone())).catch_unwind().await.is_err();
             if panicked {
                 let cause = format!("fetching {} failed inside mlx-cluster; please report this", spec.model);
-                let _ = events.send(Event::FetchFailed { run, failure: Failure { cause, hopeless: false } }).await;
+                let _ = events.send(Event::FetchFailed { run, failure: Failure::passing(cause) }).await;
             }
         });
         self.fetches.insert(run, fetch);
@@ -331,7 +333,14 @@ impl Driver {
     fn start(&mut self, run: Run, spec: EngineSpec, folder: PathBuf) {
         let boot = Boot { spec, folder, listen: SocketAddr::new(self.launch.listen, 0), node_name: self.launch.worker.clone() };
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
-        match process::start(&self.launch.command, boot, run, controls, self.events.clone()) {
+        let environment = match process::environment(&boot.spec.place, run, &self.launch.folder) {
+            Ok(environment) => environment,
+            Err(error) => {
+                let cause = format!("engine could not be started: cannot make {} ({error})", self.launch.folder.display());
+                return self.handle(Event::Exited { run, cause, output: Vec::new() });
+            }
+        };
+        match process::start(&self.launch.command, environment, boot, run, controls, self.events.clone()) {
             Ok(process) => {
                 self.engines.insert(run, Engine { control, pid: process.pid() });
                 self.tasks.spawn(process.attend());

@@ -107,7 +107,8 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
     let stop = CancellationToken::new();
     let (requests, received) = mpsc::channel(REQUESTS_MAX);
     let (observing, observed) = watch::channel(Observation::default());
-    let launch = Launch { command: command.clone(), listen: local.listen.ip(), worker: local.name.clone() };
+    let folder = options.home.join("engines").join(&local.id.0);
+    let launch = Launch { command: command.clone(), folder, listen: local.listen.ip(), worker: local.name.clone() };
     let store = Store { worker: local.name.clone(), home: options.home.clone(), hub: HubSettings::from_env() };
     let (situating, situation) = watch::channel(Situation::default());
     let (driver, events) = Driver::new(launch, store, unix_ms(), observing, situating);

@@ -26,11 +26,21 @@ pub(crate) type Time = Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Run(pub(crate) u64);
 
-/// Why an attempt failed. `hopeless`: the next one would fail the same way.
+/// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) cause: String,
+    /// The next one would fail the same way.
     pub(crate) hopeless: bool,
+    /// The worker whose engine it lost, when that is all that was wrong.
+    pub(crate) lost: Option<String>,
+}
+
+impl Failure {
+    /// One that need not happen again.
+    pub(crate) fn passing(cause: String) -> Self {
+        Self { cause, hopeless: false, lost: None }
+    }
 }
 
 #[derive(Debug)]
@@ -138,13 +148,14 @@ enum Phase {
         failure: Failure,
         kill_at: Option<Time>,
     },
+    /// The failure is not hopeless: the next attempt follows.
     Waiting {
-        cause: String,
+        failure: Failure,
         output: Vec<String>,
         until: Time,
     },
     Hopeless {
-        cause: String,
+        failure: Failure,
         output: Vec<String>,
     },
 }
@@ -270,12 +281,11 @@ impl Supervision {
             return;
         }
         let Some(slot) = self.slot_of(run) else { return };
-        let unexpected = Failure { cause, hopeless: false };
         let failure = match &slot.phase {
             Phase::Dying { failure, .. } => failure.clone(),
             _ => {
                 slot.settle(now);
-                unexpected
+                Failure::passing(cause)
             }
         };
         slot.fail(failure, output, now);
@@ -319,9 +329,9 @@ impl Slot {
             (BootLine::Ready { port, group_port }, Phase::Loading { .. }) => {
                 self.phase = Phase::Ready { run, port, group_port, since: now, resident: Bytes(0) };
             }
-            (BootLine::Failed { cause, hopeless }, Phase::Loading { .. } | Phase::Ready { .. }) => {
+            (BootLine::Failed { cause, hopeless, lost }, Phase::Loading { .. } | Phase::Ready { .. }) => {
                 self.settle(now);
-                self.phase = Phase::Dying { run, failure: Failure { cause, hopeless }, kill_at: Some(now + STOP_GRACE) };
+                self.phase = Phase::Dying { run, failure: Failure { cause, hopeless, lost }, kill_at: Some(now + STOP_GRACE) };
             }
             _ => {}
         }
@@ -338,12 +348,12 @@ impl Slot {
     }
 
     fn fail(&mut self, failure: Failure, output: Vec<String>, now: Time) {
-        let Failure { cause, hopeless } = failure;
-        self.phase = match hopeless {
-            true => Phase::Hopeless { cause, output },
+        self.phase = match failure.hopeless {
+            true => Phase::Hopeless { failure, output },
             false => {
-                self.failures += 1;
-                Phase::Waiting { cause, output, until: now + backoff(self.failures) }
+                // Whoever lost another one did nothing wrong itself.
+                self.failures += u32::from(failure.lost.is_none());
+                Phase::Waiting { failure, output, until: now + backoff(self.failures) }
             }
         };
     }
@@ -366,7 +376,7 @@ impl Slot {
             Phase::Loading { run, .. } => {
                 let cause = format!("engine said nothing for {} s while it loaded and was killed", LOAD_SILENCE_MAX.as_secs());
                 effects.push(Effect::Kill { run: *run });
-                self.phase = Phase::Dying { run: *run, failure: Failure { cause, hopeless: false }, kill_at: None };
+                self.phase = Phase::Dying { run: *run, failure: Failure::passing(cause), kill_at: None };
             }
             Phase::Dying { run, kill_at, .. } => {
                 *kill_at = None;
@@ -386,11 +396,11 @@ impl Slot {
                 EngineState::Ready { port, group_port, incarnation: run.0, resident: *resident }
             }
             Phase::Dying { failure, .. } => {
-                let retry_in = (!failure.hopeless).then(|| backoff(self.failures + 1));
-                failed(&failure.cause, &[], retry_in)
+                let retry_in = (!failure.hopeless).then(|| backoff(self.failures + u32::from(failure.lost.is_none())));
+                failed(failure, &[], retry_in)
             }
-            Phase::Waiting { cause, output, until } => failed(cause, output, Some(until.saturating_sub(now))),
-            Phase::Hopeless { cause, output } => failed(cause, output, None),
+            Phase::Waiting { failure, output, until } => failed(failure, output, Some(until.saturating_sub(now))),
+            Phase::Hopeless { failure, output } => failed(failure, output, None),
         }
     }
 }
@@ -421,9 +431,9 @@ impl Phase {
     }
 }
 
-fn failed(cause: &str, output: &[String], retry_in: Option<Duration>) -> EngineState {
+fn failed(failure: &Failure, output: &[String], retry_in: Option<Duration>) -> EngineState {
     let retry_in_ms = retry_in.map(|delay| u64::try_from(delay.as_millis()).unwrap_or(u64::MAX));
-    EngineState::Failed { cause: cause.to_owned(), output: output.to_vec(), retry_in_ms }
+    EngineState::Failed { cause: failure.cause.clone(), output: output.to_vec(), retry_in_ms, lost: failure.lost.clone() }
 }
 
 /// 0.2 s after the first failure, twice as long after each further one, 10 s at most.

@@ -89,7 +89,8 @@ fn an_engine_is_fetched_started_and_reported() {
 fn an_engine_that_dies_is_reported_and_started_again_without_fetching() {
     let mut core = serving();
     assert_eq!(exited(&mut core, 1, seconds(5.0)), []);
-    let failed = EngineState::Failed { cause: "engine exited with code 1".into(), output: vec!["boom".into()], retry_in_ms: Some(200) };
+    let failed =
+        EngineState::Failed { cause: "engine exited with code 1".into(), output: vec!["boom".into()], retry_in_ms: Some(200), lost: None };
     assert_eq!(state(&core, seconds(5.0)), failed);
     assert_eq!(core.next_deadline(), Some(seconds(5.2)));
     assert_eq!(core.handle(Event::Tick, seconds(5.1)), []);
@@ -133,14 +134,17 @@ fn what_is_hopeless_is_not_tried_again() {
     let now = seconds(0.0);
     want(&mut core, 1, vec![spec("a", 4)], now);
     fetched(&mut core, 1, now);
-    core.handle(Event::Said { run: Run(1), line: BootLine::Failed { cause: "no head".into(), hopeless: true } }, now);
-    assert_eq!(state(&core, now), EngineState::Failed { cause: "no head".into(), output: vec![], retry_in_ms: None });
+    core.handle(Event::Said { run: Run(1), line: BootLine::Failed { cause: "no head".into(), hopeless: true, lost: None } }, now);
+    assert_eq!(state(&core, now), EngineState::Failed { cause: "no head".into(), output: vec![], retry_in_ms: None, lost: None });
     exited(&mut core, 1, now);
-    assert_eq!(state(&core, now), EngineState::Failed { cause: "no head".into(), output: vec!["boom".into()], retry_in_ms: None });
+    assert_eq!(
+        state(&core, now),
+        EngineState::Failed { cause: "no head".into(), output: vec!["boom".into()], retry_in_ms: None, lost: None }
+    );
     assert_eq!((core.next_deadline(), core.handle(Event::Tick, seconds(1e6))), (None, vec![]));
     // Another wish is another chance.
     assert_eq!(want(&mut core, 2, vec![spec("a", 5)], now), [Effect::Fetch { run: Run(2), spec: spec("a", 5) }]);
-    let failure = Failure { cause: "no folder".into(), hopeless: true };
+    let failure = Failure { hopeless: true, ..Failure::passing("no folder".into()) };
     core.handle(Event::FetchFailed { run: Run(2), failure }, now);
     assert_eq!(retry_in_ms(&core, now), None);
 }
@@ -149,7 +153,7 @@ fn what_is_hopeless_is_not_tried_again() {
 fn a_failed_fetch_is_tried_again() {
     let mut core = Supervision::new(0);
     want(&mut core, 1, vec![spec("a", 4)], seconds(0.0));
-    let failure = Failure { cause: "the hub cannot be reached".into(), hopeless: false };
+    let failure = Failure::passing("the hub cannot be reached".into());
     core.handle(Event::FetchFailed { run: Run(1), failure }, seconds(0.0));
     assert_eq!(retry_in_ms(&core, seconds(0.0)), Some(200));
     assert_eq!(core.handle(Event::Tick, seconds(0.2)), [Effect::Fetch { run: Run(2), spec: spec("a", 4) }]);
@@ -209,9 +213,27 @@ fn an_engine_that_is_stuck_while_loading_is_killed_and_tried_again() {
 #[test]
 fn an_engine_that_failed_but_does_not_end_is_killed() {
     let mut core = serving();
-    core.handle(Event::Said { run: Run(1), line: BootLine::Failed { cause: "GPU lost".into(), hopeless: false } }, seconds(1.0));
+    core.handle(
+        Event::Said { run: Run(1), line: BootLine::Failed { cause: "GPU lost".into(), hopeless: false, lost: None } },
+        seconds(1.0),
+    );
     assert_eq!(core.handle(Event::Tick, seconds(4.0)), [Effect::Kill { run: Run(1) }]);
     assert_eq!(core.next_deadline(), None);
+}
+
+#[test]
+fn an_engine_that_lost_another_one_says_so_and_is_back_soon_however_often() {
+    let mut core = serving();
+    let mut now = seconds(1.0);
+    for run in 1..6 {
+        let lost = BootLine::Failed { cause: "lost rank 1 (worker b)".into(), hopeless: false, lost: Some("b".into()) };
+        core.handle(Event::Said { run: Run(run), line: lost }, now);
+        exited(&mut core, run, now);
+        assert!(matches!(state(&core, now), EngineState::Failed { lost: Some(lost), retry_in_ms: Some(200), .. } if lost == "b"));
+        now += BACKOFF_MIN;
+        core.handle(Event::Tick, now);
+        ready(&mut core, run + 1, now);
+    }
 }
 
 #[test]

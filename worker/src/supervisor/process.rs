@@ -5,7 +5,10 @@ use super::{
     plan::{Event, Run},
 };
 use crate::engine::boot::{Boot, BootLine};
+use mlx_cluster_common::tensor::TensorPlace;
+use mlx_cluster_lm::group::{HOSTFILE_VARIABLE, RANK_VARIABLE};
 use std::{
+    ffi::OsString,
     io,
     path::Path,
     process::{ExitStatus, Stdio},
@@ -22,6 +25,8 @@ use tokio::{
 const BOOT_WRITE_DEADLINE: Duration = Duration::from_secs(5);
 /// For what is left in the pipes of a process that is gone. Something that it started may hold them open.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(300);
+
+const TEMPORARY_VARIABLE: &str = "TMPDIR";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Control {
@@ -40,9 +45,24 @@ pub(crate) struct EngineProcess {
     events: mpsc::Sender<Event>,
 }
 
+/// What MLX reads from the environment of a rank of a tensor-parallel group, `folder` being this worker's own.
+///
+/// Ranks of one machine warm up at the same time, and MLX keeps compiled CPU kernels as files under one name in the temporary folder: a rank
+/// that loads one while another still writes it would fail, so each has a temporary folder of its own.
+pub(crate) fn environment(place: &TensorPlace, run: Run, folder: &Path) -> io::Result<Vec<(&'static str, OsString)>> {
+    if place.is_alone() {
+        return Ok(Vec::new());
+    }
+    let temporary = folder.join("tmp");
+    std::fs::create_dir_all(&temporary)?;
+    let hostfile = temporary.join(format!("group-{}.json", run.0));
+    Ok(vec![(HOSTFILE_VARIABLE, hostfile.into()), (RANK_VARIABLE, place.rank.to_string().into()), (TEMPORARY_VARIABLE, temporary.into())])
+}
+
 /// Starts `command engine`. Its process id is known at once; everything else arrives as events.
 pub(crate) fn start(
     command: &Path,
+    environment: Vec<(&'static str, OsString)>,
     boot: Boot,
     run: Run,
     control: mpsc::Receiver<Control>,
@@ -50,6 +70,7 @@ pub(crate) fn start(
 ) -> io::Result<EngineProcess> {
     let child = Command::new(command)
         .arg("engine")
+        .envs(environment)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -204,6 +225,16 @@ fn signal_name(signal: i32) -> Option<&'static str> {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn each_rank_of_a_group_has_its_own_files_and_knows_its_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(environment(&TensorPlace::alone(), Run(7), folder.path()).expect("nothing to make"), []);
+        let environment = environment(&TensorPlace { rank: 2, shares: vec![1; 3] }, Run(7), folder.path()).expect("made");
+        let value = |name| environment.iter().find(|(key, _)| *key == name).map(|(_, value)| value.clone()).expect("set");
+        assert_eq!(value("MLX_RANK"), "2");
+        assert!(Path::new(&value("TMPDIR")).is_dir() && Path::new(&value("MLX_HOSTFILE")).starts_with(value("TMPDIR")));
+    }
 
     #[test]
     fn an_exit_is_described_by_code_or_signal() {

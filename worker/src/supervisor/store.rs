@@ -79,7 +79,7 @@ impl Store {
             Ok(folder) => Event::Fetched { run, folder },
             Err(error) => {
                 let hopeless = error.is_hopeless();
-                Event::FetchFailed { run, failure: Failure { cause: error.to_string(), hopeless } }
+                Event::FetchFailed { run, failure: Failure { cause: error.to_string(), hopeless, lost: None } }
             }
         };
         // Nobody is there to hear it when the worker itself ends.

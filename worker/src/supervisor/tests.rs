@@ -182,7 +182,7 @@ async fn an_engine_that_dies_is_reported_with_its_last_words_and_comes_back() {
     );
     let mut coordinator = worker.supervise(hello("a"), vec![spec(&folder)]).await.expect("held");
     let failed = coordinator.engine(is_failed).await;
-    let EngineState::Failed { cause, output, retry_in_ms } = failed else { panic!("{failed:?}") };
+    let EngineState::Failed { cause, output, retry_in_ms, lost: None } = failed else { panic!("{failed:?}") };
     assert_eq!(
         (cause.as_str(), output.as_slice()),
         ("engine exited with signal 9 (SIGKILL)", ["MLX: no more memory".to_owned()].as_slice())
@@ -204,7 +204,7 @@ async fn what_is_hopeless_is_reported_and_not_started_again() {
     let mut coordinator = worker.supervise(hello("a"), vec![spec(&folder)]).await.expect("held");
     let with_output = |state: &EngineState| matches!(state, EngineState::Failed { output, .. } if !output.is_empty());
     let failed = coordinator.engine(with_output).await;
-    let EngineState::Failed { cause, output, retry_in_ms } = failed else { panic!("{failed:?}") };
+    let EngineState::Failed { cause, output, retry_in_ms, lost: None } = failed else { panic!("{failed:?}") };
     assert_eq!((cause.as_str(), output[0].as_str(), retry_in_ms), ("tensor lm_head.weight is missing", "looking for the head", None));
     // Two keep-alives later it is still so.
     for _ in 0..2 {
