@@ -8,6 +8,7 @@ pub mod engine;
 pub mod ids;
 pub mod links;
 pub mod plan;
+pub mod prediction;
 pub mod published;
 pub mod request;
 pub mod sampling;

@@ -3,6 +3,7 @@
 use crate::{
     cache::{CacheOptions, CacheReservation},
     ids::NodeId,
+    prediction::{Alternative, Prediction},
     units::Bytes,
 };
 use serde::{Deserialize, Serialize};
@@ -143,7 +144,13 @@ pub struct Plan {
     pub caches: CacheOptions,
     /// What each sequence counts for against `cache_tokens`.
     pub reservation: CacheReservation,
+    /// Sequences whose states are reckoned for.
+    pub sequences: u32,
     pub stages: Vec<Stage>,
+    /// None where bandwidths were not measured.
+    pub prediction: Option<Prediction>,
+    /// What else was thought of, and why it lost.
+    pub alternatives: Vec<Alternative>,
     /// How the split came about, in a sentence.
     pub why: String,
 }
@@ -229,7 +236,11 @@ impl fmt::Display for Plan {
                 )?;
             }
         }
-        write!(f, "  {why}")
+        write!(f, "  {why}")?;
+        if let Some(prediction) = &self.prediction {
+            write!(f, "\n  {prediction}")?;
+        }
+        self.alternatives.iter().try_for_each(|alternative| write!(f, "\n  not {alternative}"))
     }
 }
 

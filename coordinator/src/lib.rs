@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod chat;
+mod cluster_file;
 pub mod core;
 pub mod discovery;
 mod driver;
@@ -21,6 +22,7 @@ pub mod report;
 mod run;
 pub mod serving;
 
+pub use cluster_file::{ClusterFacts, ClusterFileError, read_cluster_file};
 pub use error::{CoordinatorError, ErrorKind};
 pub use plan_only::{PlanNodes, PlanOnlyOptions, plan_only};
 pub use run::{CoordinatorOptions, run, run_with};

@@ -1,6 +1,7 @@
 //! What would happen: a plan without any engine, over the workers that are there or over machines that somebody may buy.
 
 use crate::{
+    cluster_file::ClusterFacts,
     core::placement::{self, PlanOptions},
     discovery::mdns::{Found, Mdns, watch as watch_mdns},
     error::CoordinatorError,
@@ -11,7 +12,7 @@ use mlx_cluster_common::{
     cache::CacheOptions,
     engine::NodeFacts,
     ids::{ClusterName, NodeId},
-    plan::{Plan, Strategy, ToldStage},
+    plan::{Optimize, Plan, Strategy, ToldStage},
     units::Bytes,
 };
 use mlx_cluster_proto::wire::Hello;
@@ -27,7 +28,7 @@ pub enum PlanNodes {
     /// Machines with so much memory for models each, named `mac-1`, `mac-2` …
     Memory(Vec<Bytes>),
     /// As measured elsewhere: by a running coordinator, or from a file.
-    Facts(Vec<NodeFacts>),
+    Facts(ClusterFacts),
     /// The free workers of a cluster that answer within the wait.
     Discover { cluster: ClusterName, wait: Duration },
 }
@@ -39,6 +40,7 @@ pub struct PlanOnlyOptions {
     pub strategy: Strategy,
     pub split: Option<Vec<u32>>,
     pub stages: Option<Vec<ToldStage>>,
+    pub optimize: Optimize,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
     pub nodes: PlanNodes,
@@ -47,10 +49,12 @@ pub struct PlanOnlyOptions {
 /// The plan that a coordinator would make.
 pub async fn plan_only(options: PlanOnlyOptions) -> Result<Plan, CoordinatorError> {
     let facts = model::load_facts(&options.model).await?;
-    let nodes = match options.nodes {
-        PlanNodes::Facts(nodes) => nodes,
-        PlanNodes::Memory(memory) => memory.into_iter().enumerate().map(|(i, usable)| imagined(i + 1, usable)).collect(),
-        PlanNodes::Discover { cluster, wait } => discover(&cluster, wait).await?,
+    let ClusterFacts { nodes, links } = match options.nodes {
+        PlanNodes::Facts(facts) => facts,
+        PlanNodes::Memory(memory) => {
+            ClusterFacts { nodes: memory.into_iter().enumerate().map(|(i, usable)| imagined(i + 1, usable)).collect(), links: Vec::new() }
+        }
+        PlanNodes::Discover { cluster, wait } => ClusterFacts { nodes: discover(&cluster, wait).await?, links: Vec::new() },
     };
     if nodes.is_empty() {
         return Err(CoordinatorError::NoNodes { cause: "no machine was given".into() });
@@ -60,11 +64,12 @@ pub async fn plan_only(options: PlanOnlyOptions) -> Result<Plan, CoordinatorErro
         strategy: options.strategy,
         split: options.split,
         stages: options.stages,
+        optimize: options.optimize,
         context_tokens: options.context_tokens,
         caches: options.caches,
         min_workers: 1,
     };
-    Ok(placement::plan(&facts.spec, &facts.weights, &nodes, &plan_options)?)
+    Ok(placement::plan(&facts.spec, &facts.weights, &nodes, &links, &plan_options)?)
 }
 
 fn imagined(number: usize, usable: Bytes) -> NodeFacts {

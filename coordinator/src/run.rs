@@ -17,7 +17,7 @@ use crate::{
 use mlx_cluster_common::{
     cache::CacheOptions,
     ids::{ClusterName, NodeId},
-    plan::{Collective, Strategy, ToldStage},
+    plan::{Collective, Optimize, Strategy, ToldStage},
     request::EngineLoad,
 };
 use mlx_cluster_proto::{net, wire::Hello};
@@ -63,6 +63,8 @@ pub struct CoordinatorOptions {
     /// Which workers hold which layers, exactly.
     pub stages: Option<Vec<ToldStage>>,
     pub collective: Collective,
+    /// What `auto` chooses for.
+    pub optimize: Optimize,
     pub context_tokens: Option<u32>,
     /// How keys and values are kept.
     pub caches: CacheOptions,
@@ -86,6 +88,7 @@ impl Default for CoordinatorOptions {
             split: None,
             stages: None,
             collective: Collective::Auto,
+            optimize: Optimize::Latency,
             context_tokens: None,
             caches: CacheOptions::default(),
             home: PathBuf::new(),
@@ -222,6 +225,7 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
         split: options.split.clone(),
         stages: options.stages.clone(),
         collective: options.collective,
+        optimize: options.optimize,
         context_tokens: options.context_tokens,
         caches: options.caches,
         wait: Some(options.wait_for_workers),

@@ -9,7 +9,7 @@ use crate::{
     signals,
     target::DEFAULT_HTTP,
 };
-use mlx_cluster_common::plan::{Collective, Strategy, ToldStage};
+use mlx_cluster_common::plan::{Collective, Optimize, Strategy, ToldStage};
 use mlx_cluster_coordinator::{
     CoordinatorOptions,
     report::{self, Reporter},
@@ -60,6 +60,9 @@ pub(crate) struct CoordinatorArgs {
     /// auto: jaccl where it is set up
     #[arg(long, value_name = "auto|ring|jaccl", default_value = "auto")]
     collective: Collective,
+    /// What `auto` chooses for: latency, the speed of one request; throughput, of many together
+    #[arg(long, value_name = "latency|throughput", default_value = "latency")]
+    optimize: Optimize,
     /// Longest sequence, prompt and answer together; what the model was made for unless given
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
@@ -84,6 +87,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         split: args.split,
         stages: args.stages,
         collective: args.collective,
+        optimize: args.optimize,
         context_tokens: args.context,
         caches: args.caches.options()?,
         home: home()?,

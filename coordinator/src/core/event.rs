@@ -7,7 +7,7 @@ use mlx_cluster_common::{
     engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts, Peer},
     ids::{Epoch, NodeId, SequenceId},
     links::LinkFacts,
-    plan::{Collective, Plan, Strategy, ToldStage},
+    plan::{Collective, Optimize, Plan, Strategy, ToldStage},
     request::{Delivery, SessionCommand},
     spec::ModelSpec,
     weights::WeightMap,
@@ -36,6 +36,7 @@ pub struct Settings {
     pub split: Option<Vec<u32>>,
     pub stages: Option<Vec<ToldStage>>,
     pub collective: Collective,
+    pub optimize: Optimize,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
     /// How long to wait for the first `min_workers`; None waits for ever.

@@ -141,7 +141,7 @@ impl Cluster {
         }
         let Some(model) = self.settings.model.clone() else { return false };
         let nodes: Vec<NodeFacts> = self.members.connected().map(|member| member.facts.clone()).collect();
-        match placement::plan(&model.spec, &model.weights, &nodes, &self.plan_options(&model.name)) {
+        match placement::plan(&model.spec, &model.weights, &nodes, &self.members.links(), &self.plan_options(&model.name)) {
             Ok(plan) => {
                 self.generation += 1;
                 self.refusal = None;
@@ -178,6 +178,7 @@ impl Cluster {
             strategy: self.settings.strategy,
             split: self.settings.split.clone(),
             stages: self.settings.stages.clone(),
+            optimize: self.settings.optimize,
             context_tokens: self.settings.context_tokens,
             caches: self.settings.caches,
             min_workers,

@@ -53,7 +53,10 @@ fn with_worker() -> ClusterStatus {
         cache_tokens: 400,
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
+        sequences: 16,
         stages: vec![stage],
+        prediction: None,
+        alternatives: Vec::new(),
         why: "one worker holds it".into(),
     };
     ClusterStatus { plan: Some(plan), workers: vec![WorkerStatus { facts, connected: true, engine: Some(engine) }], ..ready() }

@@ -15,7 +15,24 @@ const ENGINE_BYTES: u64 = 100_000_000;
 /// Activations are reckoned in f32, the widest that a model has.
 const ACTIVATION_BYTES: u64 = 4;
 /// Sequences at once whose states of fixed size are reckoned for.
-const SEQUENCES: u64 = 16;
+pub(super) const SEQUENCES: u32 = 16;
+
+/// What one part of a model takes of a machine, from which its time follows.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Work {
+    /// Weight bytes that are read for every step, however many tokens it has.
+    pub(super) bytes: f64,
+    /// Bytes of all experts that are here.
+    pub(super) expert_bytes: f64,
+    /// Of the experts, those that one token goes to; from 0 to 1.
+    pub(super) chosen: f64,
+    /// Floating-point operations for each token, a product and a sum counted as two.
+    pub(super) operations: f64,
+    /// Bytes in caches that are read for each token of the sequence so far.
+    pub(super) cache_bytes: f64,
+    /// Kernels that are started for every step: one for each group of parameters.
+    pub(super) kernels: f64,
+}
 
 /// Sums from which every stage's needs follow. Layer sums are cumulative: entry `i` is for the layers before `i`.
 pub(super) struct Costs {
@@ -27,6 +44,10 @@ pub(super) struct Costs {
     layer_state: Vec<u64>,
     /// Weight bytes that are read to decode one token: of the experts, only those chosen.
     layer_read: Vec<u64>,
+    /// What computing takes, by layer.
+    layer_work: Vec<Work>,
+    /// Of the final norm and the head.
+    head_work: Work,
     n_layers: u32,
     tied: bool,
     embedding: u64,
@@ -65,6 +86,8 @@ impl Costs {
             cache_sources: spec.layers.iter().map(|layer| layer.mixer.source_layer()).collect(),
             layer_state,
             layer_read,
+            layer_work: (0..spec.n_layers()).map(|layer| layer_work(spec, map, caches, layer)).collect(),
+            head_work: head_work(spec, map),
             n_layers: spec.n_layers(),
             tied,
             embedding,
@@ -98,11 +121,19 @@ impl Costs {
     /// Caches for so many tokens, and the states of [`SEQUENCES`].
     pub(super) fn cache_and_states(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
         let cache = self.cache_per_token(layers).saturating_mul(cache_tokens);
-        cache.saturating_add(between(&self.layer_state, layers).saturating_mul(SEQUENCES))
+        cache.saturating_add(between(&self.layer_state, layers).saturating_mul(u64::from(SEQUENCES)))
     }
 
     pub(super) fn needed(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
         self.weights(layers).saturating_add(self.cache_and_states(layers, cache_tokens)).saturating_add(self.working(layers))
+    }
+
+    pub(super) fn layer_work(&self) -> &[Work] {
+        &self.layer_work
+    }
+
+    pub(super) fn head_work(&self) -> Work {
+        self.head_work
     }
 
     /// Weight bytes that pass through the processor for each decoded token.
@@ -124,6 +155,13 @@ fn between(sums: &[u64], layers: &Range<u32>) -> u64 {
 fn read_bytes(layer: &LayerSpec, map: &WeightMap, i: u32) -> u64 {
     let all = map.part_bytes(Part::Layer(i));
     let Some(moe) = layer.feed_forward.experts() else { return all };
+    let experts = expert_bytes(layer, map, i);
+    let n_experts = moe.n_experts().max(1);
+    all - experts + experts / u64::from(n_experts) * u64::from(moe.router.top_k.min(n_experts))
+}
+
+fn expert_bytes(layer: &LayerSpec, map: &WeightMap, i: u32) -> u64 {
+    let Some(moe) = layer.feed_forward.experts() else { return 0 };
     let inputs = match &moe.experts.inputs {
         ExpertInputs::Gated { gate, up } => vec![&gate.path, &up.path],
         ExpertInputs::Plain(up) => vec![&up.path],
@@ -131,9 +169,40 @@ fn read_bytes(layer: &LayerSpec, map: &WeightMap, i: u32) -> u64 {
     let paths: Vec<&String> = inputs.into_iter().chain([&moe.experts.down.path]).collect();
     let is_expert = |name: &str| paths.iter().any(|path| name.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('.')));
     let parameters = map.parts.get(&Part::Layer(i)).into_iter().flatten();
-    let experts: u64 = parameters.filter(|parameter| is_expert(&parameter.name)).map(|parameter| parameter.bytes).sum();
-    let n_experts = moe.n_experts().max(1);
-    all - experts + experts / u64::from(n_experts) * u64::from(moe.router.top_k.min(n_experts))
+    parameters.filter(|parameter| is_expert(&parameter.name)).map(|parameter| parameter.bytes).sum()
+}
+
+fn layer_work(spec: &ModelSpec, map: &WeightMap, caches: &CacheOptions, i: u32) -> Work {
+    let Some(layer) = spec.layers.get(i as usize) else { return Work::default() };
+    let experts = expert_bytes(layer, map, i);
+    // Of all experts, also those on other ranks: the router is whole everywhere.
+    let chosen =
+        layer.feed_forward.experts().map_or(0.0, |moe| f64::from(moe.router.top_k) / f64::from(moe.router.linear.output_dims.max(1)));
+    let weights = spec.weights(Part::Layer(i));
+    let product = |a: u32, b: u32| 2.0 * f64::from(a) * f64::from(b);
+    let operations = weights.iter().map(|weight| match weight {
+        Weight::Linear(linear) => product(linear.input_dims, linear.output_dims),
+        Weight::HeadLinear(linear) => f64::from(linear.n_heads) * product(linear.input_dims, linear.output_dims),
+        Weight::Experts(experts) => chosen * f64::from(experts.n_experts) * product(experts.input_dims, experts.output_dims),
+        _ => 0.0,
+    });
+    Work {
+        bytes: (map.part_bytes(Part::Layer(i)) - experts) as f64,
+        expert_bytes: experts as f64,
+        chosen: chosen.min(1.0),
+        operations: operations.sum(),
+        cache_bytes: caches.bytes_per_token(spec, i..i + 1, activation_dtype(map)) as f64,
+        kernels: weights.len() as f64,
+    }
+}
+
+/// The rows that are here: a rank may have some of the vocabulary only.
+fn head_work(spec: &ModelSpec, map: &WeightMap) -> Work {
+    let part = if map.part_bytes(Part::Head) == 0 { Part::Embedding } else { Part::Head };
+    let table = map.parts.get(&part).and_then(|parameters| parameters.first());
+    let rows = table.and_then(|table| table.shape.first()).copied().unwrap_or(0);
+    let operations = 2.0 * f64::from(spec.hidden_size) * rows as f64;
+    Work { bytes: map.part_bytes(part) as f64, operations, kernels: 2.0, ..Work::default() }
 }
 
 /// Elements that a layer holds at once for each token: the outputs of its linears, twice for what is made of them.

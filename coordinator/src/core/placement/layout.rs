@@ -1,13 +1,14 @@
 //! Which nodes would hold what, before it is a plan: stages of ranks, and the bytes of each.
 
-use super::{Candidate, costs::Costs};
+use super::{Candidate, WhyNot, costs::Costs};
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
-    spec::ModelSpec,
+    plan::ToldStage,
+    spec::{ModelSpec, Part},
     tensor::{TensorPlace, rank_model},
     weights::WeightMap,
 };
-use std::{cell::RefCell, collections::BTreeMap, ops::Range, rc::Rc};
+use std::{cell::RefCell, collections::BTreeMap, fmt, ops::Range, rc::Rc};
 
 /// Stages in the order of the computation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,12 +25,40 @@ pub(super) struct LayoutStage {
     pub(super) shares: Vec<u32>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Single,
+    Pipeline,
+    Tensor,
+    Hybrid,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Single => "one worker",
+            Kind::Pipeline => "a pipeline",
+            Kind::Tensor => "a tensor group",
+            Kind::Hybrid => "a pipeline of tensor groups",
+        })
+    }
+}
+
 /// The bytes of every rank of every group that was asked about. Splitting a model takes longer than adding up, so it is done once.
 pub(super) struct Sizes<'a> {
     spec: &'a ModelSpec,
     map: &'a WeightMap,
     caches: CacheOptions,
-    groups: RefCell<BTreeMap<Vec<u32>, Rc<Vec<Costs>>>>,
+    groups: RefCell<BTreeMap<Vec<u32>, Rc<Group>>>,
+}
+
+/// What the ranks of a group hold, and how often they exchange.
+pub(super) struct Group {
+    pub(super) ranks: Vec<Costs>,
+    /// Collectives of each layer.
+    pub(super) sums: Vec<u32>,
+    pub(super) embedding_sums: u32,
+    pub(super) head_gathers: u32,
 }
 
 impl Layout {
@@ -48,6 +77,25 @@ impl Layout {
         self.stages.iter().map(|stage| stage.nodes.len()).sum()
     }
 
+    /// As `--stages` takes it.
+    pub(super) fn text(&self, nodes: &[Candidate<'_>]) -> String {
+        let name = |place: &usize| nodes.get(*place).map(|candidate| candidate.node.name.clone()).unwrap_or_default();
+        let told = |stage: &LayoutStage| {
+            let ranks = stage.nodes.iter().map(name).zip(stage.shares.iter().copied()).collect();
+            ToldStage { ranks, layers: stage.layers.clone() }.to_string()
+        };
+        self.stages.iter().map(told).collect::<Vec<_>>().join(",")
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        match (self.stages.len(), self.n_nodes()) {
+            (1, 1) => Kind::Single,
+            (1, _) => Kind::Tensor,
+            (stages, nodes) if stages == nodes => Kind::Pipeline,
+            _ => Kind::Hybrid,
+        }
+    }
+
     pub(super) fn uses(&self, node: usize) -> bool {
         self.stages.iter().any(|stage| stage.nodes.contains(&node))
     }
@@ -58,39 +106,56 @@ impl<'a> Sizes<'a> {
         Self { spec, map, caches, groups: RefCell::new(BTreeMap::new()) }
     }
 
-    /// What each rank of a group with these shares holds.
-    pub(super) fn group(&self, shares: &[u32]) -> Rc<Vec<Costs>> {
-        if let Some(costs) = self.groups.borrow().get(shares) {
-            return Rc::clone(costs);
-        }
-        let costs = match shares {
-            [_] => vec![Costs::new(self.spec, self.map, &self.caches)],
-            _ => (0..shares.len() as u32).map(|rank| self.rank(rank, shares)).collect(),
-        };
-        let costs = Rc::new(costs);
-        self.groups.borrow_mut().insert(shares.to_vec(), Rc::clone(&costs));
-        costs
+    pub(super) fn caches(&self) -> CacheOptions {
+        self.caches
     }
 
-    fn rank(&self, rank: u32, shares: &[u32]) -> Costs {
-        match rank_model(self.spec, self.map, &TensorPlace { rank, shares: shares.to_vec() }) {
-            Ok(model) => Costs::new(&model.spec, &model.weights, &self.caches),
-            // The engine will say why; until then the most that it could need is counted.
-            Err(_) => Costs::new(self.spec, self.map, &self.caches),
+    /// What each rank of a group with these shares holds.
+    pub(super) fn group(&self, shares: &[u32]) -> Result<Rc<Group>, WhyNot> {
+        if let Some(group) = self.groups.borrow().get(shares) {
+            return Ok(Rc::clone(group));
         }
+        let group = Rc::new(match shares {
+            [_] => self.alone(),
+            _ => self.split(shares)?,
+        });
+        self.groups.borrow_mut().insert(shares.to_vec(), Rc::clone(&group));
+        Ok(group)
+    }
+
+    fn alone(&self) -> Group {
+        let ranks = vec![Costs::new(self.spec, self.map, &self.caches)];
+        Group { ranks, sums: vec![0; self.spec.layers.len()], embedding_sums: 0, head_gathers: 0 }
+    }
+
+    fn split(&self, shares: &[u32]) -> Result<Group, WhyNot> {
+        let mut group = Group { ranks: Vec::new(), sums: Vec::new(), embedding_sums: 0, head_gathers: 0 };
+        for rank in 0..shares.len() as u32 {
+            let place = TensorPlace { rank, shares: shares.to_vec() };
+            let model = rank_model(self.spec, self.map, &place)
+                .map_err(|cause| WhyNot::Split { shares: shares.to_vec(), cause: cause.to_string() })?;
+            if rank == 0 {
+                let count = |part| model.n_collectives(part) as u32;
+                group.sums = (0..self.spec.n_layers()).map(|layer| count(Part::Layer(layer))).collect();
+                group.embedding_sums = count(Part::Embedding) + count(Part::LayerInputs);
+                group.head_gathers = count(Part::Head) + if model.spec.head.may_be_tied() { count(Part::Embedding) } else { 0 };
+            }
+            group.ranks.push(Costs::new(&model.spec, &model.weights, &self.caches));
+        }
+        Ok(group)
     }
 
     /// Tokens that the caches of every rank can hold; 0 when one does not even hold its weights.
-    pub(super) fn most_cache_tokens(&self, layout: &Layout, nodes: &[Candidate<'_>]) -> u64 {
-        let stage = |stage: &LayoutStage| {
-            let costs = self.group(&stage.shares);
-            let tokens = costs.iter().zip(&stage.nodes).map(|(costs, node)| {
+    pub(super) fn most_cache_tokens(&self, layout: &Layout, nodes: &[Candidate<'_>]) -> Result<u64, WhyNot> {
+        let stage = |stage: &LayoutStage| -> Result<u64, WhyNot> {
+            let group = self.group(&stage.shares)?;
+            let tokens = group.ranks.iter().zip(&stage.nodes).map(|(costs, node)| {
                 let usable = nodes.get(*node).map_or(0, |candidate| candidate.node.usable_memory.0);
                 most_tokens(costs, &stage.layers, usable)
             });
-            tokens.min().unwrap_or(0)
+            Ok(tokens.min().unwrap_or(0))
         };
-        layout.stages.iter().map(stage).min().unwrap_or(0)
+        layout.stages.iter().map(stage).try_fold(u64::MAX, |least, tokens| Ok(least.min(tokens?)))
     }
 
     /// The longest context up to `wished` that fits everywhere; None when not even `least` does.
@@ -100,9 +165,9 @@ impl<'a> Sizes<'a> {
         nodes: &[Candidate<'_>],
         reservation: &CacheReservation,
         context: &Range<u32>,
-    ) -> Option<u32> {
-        let most = self.most_cache_tokens(layout, nodes);
-        (most >= reservation.of(context.start) && most > 0).then(|| context.end.min(reservation.longest(most)))
+    ) -> Result<Option<u32>, WhyNot> {
+        let most = self.most_cache_tokens(layout, nodes)?;
+        Ok((most >= reservation.of(context.start) && most > 0).then(|| context.end.min(reservation.longest(most))))
     }
 }
 

@@ -1,12 +1,22 @@
 //! Which node holds which layers: pure, total and deterministic, with numbers for people.
 
 mod costs;
+mod fastest;
 mod layout;
+mod machines;
 mod planner;
+mod predict;
+mod predicted;
+mod search;
 mod split;
+mod steadiest;
 mod told;
 mod why_not;
 
+#[cfg(test)]
+mod published;
+#[cfg(test)]
+mod search_tests;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -14,15 +24,21 @@ pub use told::{check_split, check_stages};
 pub use why_not::{NodeMemory, WhyNot};
 
 use layout::Sizes;
+use machines::{Ways, mean_over_equals};
 use mlx_cluster_common::{
     cache::CacheOptions,
     engine::NodeFacts,
-    plan::{Plan, Strategy, ToldStage},
+    links::LinkFacts,
+    plan::{Optimize, Plan, Strategy, ToldStage},
     spec::{ModelSpec, Part},
+    tensor,
     weights::WeightMap,
 };
 use planner::Planner;
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// Longest context that is planned for unless told otherwise.
 pub const DEFAULT_CONTEXT_TOKENS: u32 = 32_768;
@@ -37,38 +53,64 @@ pub struct PlanOptions {
     pub split: Option<Vec<u32>>,
     /// Which workers hold which layers, exactly.
     pub stages: Option<Vec<ToldStage>>,
+    pub optimize: Optimize,
     pub context_tokens: Option<u32>,
     pub caches: CacheOptions,
     /// Fewer workers than this are refused.
     pub min_workers: usize,
 }
 
-/// Decides which node holds which layers, or says with numbers why it cannot be.
-pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
-    options.caches.check(spec)?;
-    let context = context_range(spec, options)?;
-    check_split(spec.n_layers(), options.split.as_deref())?;
-    check_stages(spec, options.stages.as_deref())?;
-    let wanted = wanted_workers(spec, options)?;
-    if nodes.len() < wanted {
-        return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
+/// One model as it may be planned again and again: what was reckoned about its ranks is kept.
+pub struct Planning<'a> {
+    spec: &'a ModelSpec,
+    map: &'a WeightMap,
+    sizes: Sizes<'a>,
+}
+
+/// Decides which node holds which layers, or says with numbers why it cannot be. `links` are ways as measured; a usual one is assumed where
+/// none is given.
+pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], links: &[LinkFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
+    Planning::new(spec, map, options.caches).plan(nodes, links, options)
+}
+
+impl<'a> Planning<'a> {
+    pub fn new(spec: &'a ModelSpec, map: &'a WeightMap, caches: CacheOptions) -> Self {
+        Self { spec, map, sizes: Sizes::new(spec, map, caches) }
     }
-    let sizes = Sizes::new(spec, map, options.caches);
-    let planner = Planner {
-        costs: sizes.group(&[1]),
-        sizes,
-        plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
-        reservation: options.caches.reservation(spec, costs::activation_dtype(map)),
-        nodes: by_capability(nodes),
-        n_layers: spec.n_layers(),
-        min_workers: options.min_workers.max(1),
-        context,
-        options,
-    };
-    let fit = planner.fit()?;
-    let plan = planner.plan(&fit);
-    check_tiles(spec, &plan)?;
-    Ok(plan)
+
+    /// As [`plan`]; the caches are those that this was made for.
+    pub fn plan(&self, nodes: &[NodeFacts], links: &[LinkFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
+        let Self { spec, map, sizes } = self;
+        let caches = sizes.caches();
+        caches.check(spec)?;
+        let context = context_range(spec, options)?;
+        check_split(spec.n_layers(), options.split.as_deref())?;
+        check_stages(spec, options.stages.as_deref())?;
+        let wanted = wanted_workers(spec, options)?;
+        if nodes.len() < wanted {
+            return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
+        }
+        let nodes = by_capability(nodes);
+        let planner = Planner {
+            spec,
+            whole: sizes.group(&[1])?,
+            sizes,
+            caches,
+            ways: Ways::new(&nodes, links),
+            number_bytes: costs::activation_dtype(map).size() as f64,
+            plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
+            reservation: caches.reservation(spec, costs::activation_dtype(map)),
+            nodes,
+            n_layers: spec.n_layers(),
+            min_workers: options.min_workers.max(1),
+            context,
+            options,
+        };
+        let fit = planner.fit()?;
+        let plan = planner.plan(&fit)?;
+        check_whole(spec, map, &plan)?;
+        Ok(plan)
+    }
 }
 
 /// Workers without which no plan is possible.
@@ -96,10 +138,13 @@ fn context_range(spec: &ModelSpec, options: &PlanOptions) -> Result<Range<u32>, 
     }
 }
 
-/// A node and its memory bandwidth, None where nobody measured.
+/// A node and its rates, None where nobody measured.
 struct Candidate<'a> {
     node: &'a NodeFacts,
+    /// Bytes per second.
     bandwidth: Option<f64>,
+    /// Floating-point operations per second.
+    matmul_rate: Option<f64>,
 }
 
 /// Memory counts in steps of 2^(1/4), so that machines of one size stay in the order of their names whatever else runs on them.
@@ -109,7 +154,12 @@ fn memory_step(node: &NodeFacts) -> i64 {
 
 /// Most memory first, then most bandwidth, then by name and id.
 fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
-    let mut candidates: Vec<_> = nodes.iter().map(|node| Candidate { node, bandwidth: bandwidth(node, nodes) }).collect();
+    let candidate = |node| Candidate {
+        node,
+        bandwidth: mean_over_equals(node, nodes, |node| node.memory_bandwidth),
+        matmul_rate: mean_over_equals(node, nodes, |node| node.matmul_rate),
+    };
+    let mut candidates: Vec<_> = nodes.iter().map(candidate).collect();
     candidates.sort_by(|a, b| {
         let memory = memory_step(b.node).cmp(&memory_step(a.node));
         let speed = || b.bandwidth.unwrap_or(0.0).total_cmp(&a.bandwidth.unwrap_or(0.0));
@@ -118,31 +168,27 @@ fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
     candidates
 }
 
-/// The mean over machines of this kind, so that noise in the measurement does not tell equals apart.
-fn bandwidth(node: &NodeFacts, nodes: &[NodeFacts]) -> Option<f64> {
-    let kind = |node: &NodeFacts| (node.os.clone(), node.chip.clone(), node.total_memory);
-    let mut measured: Vec<f64> = nodes.iter().filter(|other| kind(other) == kind(node)).map(|other| other.memory_bandwidth).collect();
-    // The order of the nodes must not show in the last digit of the sum.
-    measured.sort_by(f64::total_cmp);
-    let all_known = measured.iter().all(|bandwidth| bandwidth.is_finite() && *bandwidth > 0.0);
-    all_known.then(|| measured.iter().sum::<f64>() / measured.len() as f64)
-}
-
-/// Proves that the stages hold every part once: layer ranges without gap or overlap, a tied embedding on both ends.
-fn check_tiles(spec: &ModelSpec, plan: &Plan) -> Result<(), WhyNot> {
+/// Proves that the stages hold every part once, and the ranks of a stage every entry of its parameters: layer ranges without gap or overlap, a
+/// tied embedding on both ends, each node named once.
+fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan) -> Result<(), WhyNot> {
     let mut held: BTreeMap<Part, usize> = BTreeMap::new();
     let mut next = 0;
     for stage in &plan.stages {
-        if stage.layers.start != next || stage.layers.is_empty() {
+        if stage.layers.start != next || stage.layers.is_empty() || stage.ranks.is_empty() {
             return Err(WhyNot::NotTiled { layers: spec.n_layers() });
         }
         next = stage.layers.end;
-        spec.parts_of(stage.layers.clone()).into_iter().for_each(|part| *held.entry(part).or_default() += 1);
+        let parts = spec.parts_of(stage.layers.clone());
+        if stage.ranks.len() > 1 {
+            tensor::check_cover(spec, map, &parts, &stage.shares())?;
+        }
+        parts.into_iter().for_each(|part| *held.entry(part).or_default() += 1);
     }
     let twice = spec.head.may_be_tied() && plan.stages.len() > 1;
     let wanted = |part: &Part| if *part == Part::Embedding && twice { 2 } else { 1 };
     let whole = spec.parts().iter().all(|part| held.get(part) == Some(&wanted(part)));
-    if next != spec.n_layers() || !whole {
+    let nodes: BTreeSet<_> = plan.ranks().map(|rank| &rank.node).collect();
+    if next != spec.n_layers() || !whole || nodes.len() != plan.ranks().count() {
         return Err(WhyNot::NotTiled { layers: spec.n_layers() });
     }
     Ok(())

@@ -2,13 +2,18 @@
 
 use super::{
     Candidate, NodeMemory, PlanOptions, WhyNot,
-    costs::Costs,
-    layout::{Layout, LayoutStage, Sizes},
+    costs::{Costs, SEQUENCES},
+    layout::{Group, Layout, LayoutStage, Sizes},
+    machines::Ways,
+    predict::Predictor,
+    search::proportional,
     split, told,
 };
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     plan::{Plan, Rank, Stage, Strategy},
+    prediction::Alternative,
+    spec::ModelSpec,
     units::Bytes,
 };
 use std::{ops::Range, rc::Rc};
@@ -16,27 +21,30 @@ use std::{ops::Range, rc::Rc};
 /// Caches are made for this many full contexts where memory allows.
 const WISHED_CONTEXTS: u64 = 16;
 /// A model that takes more of the best node than this goes over several nodes where there are some.
-const COMFORTABLE: f64 = 0.9;
+pub(super) const COMFORTABLE: f64 = 0.9;
 /// With every node filled less than this, speed decides about the split instead of memory.
 const PLENTIFUL: f64 = 0.8;
 const CONTEXT_STEP: u32 = 256;
-/// The largest share of a rank: finer ones rarely agree with the numbers of heads.
-const SHARES_MAX: f64 = 4.0;
 /// What a layer takes at decode besides reading its weights: starting kernels. It matters for small models only.
 const LAYER_SECONDS: f64 = 100e-6;
 
 /// How the layers were divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Balance {
+pub(super) enum Balance {
     Bandwidth,
     Memory,
+    Prediction,
     Told,
 }
 
 pub(super) struct Planner<'a> {
-    pub(super) sizes: Sizes<'a>,
-    /// Of the whole model.
-    pub(super) costs: Rc<Vec<Costs>>,
+    pub(super) spec: &'a ModelSpec,
+    pub(super) sizes: &'a Sizes<'a>,
+    pub(super) caches: CacheOptions,
+    pub(super) whole: Rc<Group>,
+    pub(super) ways: Ways,
+    /// Of a number of the activations.
+    pub(super) number_bytes: f64,
     /// What a token would take in caches of the plain kind.
     pub(super) plain_cache: u64,
     pub(super) reservation: CacheReservation,
@@ -50,9 +58,16 @@ pub(super) struct Planner<'a> {
 }
 
 pub(super) struct Fit {
-    context_tokens: u32,
-    layout: Layout,
-    balance: Balance,
+    pub(super) context_tokens: u32,
+    pub(super) layout: Layout,
+    pub(super) balance: Balance,
+    pub(super) alternatives: Vec<Alternative>,
+}
+
+impl Fit {
+    pub(super) fn new(context_tokens: u32, layout: Layout, balance: Balance) -> Self {
+        Self { context_tokens, layout, balance, alternatives: Vec::new() }
+    }
 }
 
 impl Planner<'_> {
@@ -64,47 +79,53 @@ impl Planner<'_> {
             return self.told(Layout::pipeline(&ranges(split)));
         }
         let fit = match self.options.strategy {
-            Strategy::Tensor => self.tensor(),
-            Strategy::Auto | Strategy::Pipeline => self.best(),
+            Strategy::Tensor => self.tensor()?,
+            Strategy::Pipeline => self.best(),
+            Strategy::Auto => self.predicted()?.or_else(|| self.best()),
         };
         fit.ok_or_else(|| self.does_not_fit())
     }
 
     /// The whole model, for which there is always one rank.
-    fn whole(&self) -> Option<&Costs> {
-        self.costs.first()
+    pub(super) fn whole_rank(&self) -> Option<&Costs> {
+        self.whole.ranks.first()
     }
 
     /// One group over all nodes: in equal parts where that fits with the context that was wished for, else in proportion to memory. Without the
     /// smallest nodes only if it does not fit otherwise.
-    fn tensor(&self) -> Option<Fit> {
+    fn tensor(&self) -> Result<Option<Fit>, WhyNot> {
         let groups = (self.min_workers..=self.nodes.len()).rev().flat_map(|n| {
             let group = |shares| Layout::group(self.n_layers, (0..n).collect(), shares);
-            [group(vec![1; n]), group(self.by_memory(n))]
+            let memory = self.nodes.iter().take(n).map(|node| node.node.usable_memory.0 as f64);
+            [group(vec![1; n]), group(proportional(memory))]
         });
-        let fits = groups.filter_map(|layout| self.with_longest_context(layout));
         let mut best: Option<Fit> = None;
-        for fit in fits {
+        for layout in groups {
+            let Some(fit) = self.with_longest_context(layout)? else { continue };
             if fit.context_tokens == self.context.end {
-                return Some(fit);
+                return Ok(Some(fit));
             }
             if best.as_ref().is_none_or(|best| fit.context_tokens > best.context_tokens) {
                 best = Some(fit);
             }
         }
-        best
+        Ok(best)
     }
 
-    /// Small whole shares in proportion to usable memory.
-    fn by_memory(&self, n: usize) -> Vec<u32> {
-        let usable = |candidate: &Candidate<'_>| candidate.node.usable_memory.0.max(1) as f64;
-        let most = self.nodes.iter().take(n).map(usable).fold(1.0, f64::max);
-        told::reduced(self.nodes.iter().take(n).map(|candidate| (usable(candidate) / most * SHARES_MAX).round().max(1.0) as u32).collect())
-    }
-
-    fn with_longest_context(&self, layout: Layout) -> Option<Fit> {
+    fn with_longest_context(&self, layout: Layout) -> Result<Option<Fit>, WhyNot> {
         let context_tokens = self.sizes.longest_context(&layout, &self.nodes, &self.reservation, &self.context)?;
-        Some(Fit { context_tokens, layout, balance: Balance::Memory })
+        Ok(context_tokens.map(|context_tokens| Fit::new(context_tokens, layout, Balance::Memory)))
+    }
+
+    pub(super) fn predictor(&self) -> Predictor<'_> {
+        Predictor {
+            spec: self.spec,
+            sizes: self.sizes,
+            nodes: &self.nodes,
+            ways: &self.ways,
+            number_bytes: self.number_bytes,
+            requests: SEQUENCES,
+        }
     }
 
     /// The plan's split by strategy: first with the context that was wished for, then with less.
@@ -151,7 +172,7 @@ impl Planner<'_> {
 
     /// The best split over the first `n` nodes with each filled to at most `share` of its usable memory.
     fn pipeline(&self, n: usize, context_tokens: u32, share: f64) -> Option<Fit> {
-        let (nodes, costs) = (self.nodes.get(..n)?, self.whole()?);
+        let (nodes, costs) = (self.nodes.get(..n)?, self.whole_rank()?);
         let cache_tokens = self.reservation.of(context_tokens);
         let filled = |stage: usize, layers: &Range<u32>| {
             let usable = nodes.get(stage).map_or(0, |candidate| candidate.node.usable_memory.0);
@@ -165,40 +186,44 @@ impl Planner<'_> {
                 Some(reading + layers.len() as f64 * LAYER_SECONDS)
             };
             if let Some(layers) = split::best(self.n_layers, n, time) {
-                return Some(Fit { context_tokens, layout: Layout::pipeline(&layers), balance: Balance::Bandwidth });
+                return Some(Fit::new(context_tokens, Layout::pipeline(&layers), Balance::Bandwidth));
             }
         }
         let layers = split::best(self.n_layers, n, |stage, layers| filled(stage, &layers).filter(|filled| *filled <= share))?;
-        Some(Fit { context_tokens, layout: Layout::pipeline(&layers), balance: Balance::Memory })
+        Some(Fit::new(context_tokens, Layout::pipeline(&layers), Balance::Memory))
     }
 
     /// The layout that was asked for, with the longest context that fits it.
     fn told(&self, layout: Layout) -> Result<Fit, WhyNot> {
-        match self.sizes.longest_context(&layout, &self.nodes, &self.reservation, &self.context) {
-            Some(context_tokens) => Ok(Fit { context_tokens, layout, balance: Balance::Told }),
+        match self.sizes.longest_context(&layout, &self.nodes, &self.reservation, &self.context)? {
+            Some(context_tokens) => Ok(Fit::new(context_tokens, layout, Balance::Told)),
             None => Err(self.stage_does_not_fit(&layout)),
         }
     }
 
-    pub(super) fn plan(&self, fit: &Fit) -> Plan {
+    pub(super) fn plan(&self, fit: &Fit) -> Result<Plan, WhyNot> {
         let context = self.reservation.of(fit.context_tokens);
-        let most = self.sizes.most_cache_tokens(&fit.layout, &self.nodes);
+        let most = self.sizes.most_cache_tokens(&fit.layout, &self.nodes)?;
         let cache_tokens = most.min(context.saturating_mul(WISHED_CONTEXTS)).max(context);
-        Plan {
+        let stages = fit.layout.stages.iter().map(|stage| self.stage(stage, cache_tokens));
+        Ok(Plan {
             model: self.options.model.clone(),
             strategy: self.options.strategy,
             context_tokens: fit.context_tokens,
             cache_tokens,
-            caches: self.options.caches,
+            caches: self.caches,
             reservation: self.reservation,
-            stages: fit.layout.stages.iter().map(|stage| self.stage(stage, cache_tokens)).collect(),
+            sequences: SEQUENCES,
+            stages: stages.collect::<Result<_, _>>()?,
+            prediction: self.predictor().predict(&fit.layout),
+            alternatives: fit.alternatives.clone(),
             why: self.why(fit),
-        }
+        })
     }
 
-    fn stage(&self, stage: &LayoutStage, cache_tokens: u64) -> Stage {
+    fn stage(&self, stage: &LayoutStage, cache_tokens: u64) -> Result<Stage, WhyNot> {
         let LayoutStage { layers, nodes, shares } = stage;
-        let costs = self.sizes.group(shares);
+        let group = self.sizes.group(shares)?;
         let rank = |((node, share), costs): ((&usize, &u32), &Costs)| {
             let node = self.nodes.get(*node)?.node;
             Some(Rank {
@@ -211,7 +236,7 @@ impl Planner<'_> {
                 usable: node.usable_memory,
             })
         };
-        Stage { layers: layers.clone(), ranks: nodes.iter().zip(shares).zip(costs.iter()).filter_map(rank).collect() }
+        Ok(Stage { layers: layers.clone(), ranks: nodes.iter().zip(shares).zip(&group.ranks).filter_map(rank).collect() })
     }
 
     fn why(&self, fit: &Fit) -> String {
@@ -219,9 +244,9 @@ impl Planner<'_> {
         if fit.context_tokens < self.context.end {
             why += &format!("; context lowered from {} to {} tokens to fit", self.context.end, fit.context_tokens);
         }
-        let caches = self.options.caches;
+        let caches = self.caches;
         if caches != CacheOptions::default() {
-            let (now, plain) = (self.whole().map_or(0, |costs| costs.cache_per_token(&(0..self.n_layers))), Bytes(self.plain_cache));
+            let (now, plain) = (self.whole_rank().map_or(0, |costs| costs.cache_per_token(&(0..self.n_layers))), Bytes(self.plain_cache));
             why += &format!("; {caches}: a token takes {} in the caches", Bytes(now));
             why += &if Bytes(now) == plain { String::new() } else { format!(" instead of {plain}") };
             why += &format!(", a full context {}", Bytes(now.saturating_mul(self.reservation.of(fit.context_tokens))));
@@ -239,11 +264,12 @@ impl Planner<'_> {
         let balance = match fit.balance {
             Balance::Bandwidth => "layers balanced by measured memory bandwidth",
             Balance::Memory => "layers in proportion to usable memory",
+            Balance::Prediction => return self.why_predicted(fit),
             Balance::Told if self.options.stages.is_some() => return "workers and layers as told".to_owned(),
             Balance::Told => return "layers split as told".to_owned(),
         };
         let shares = || fit.layout.stages.first().map(|stage| stage.shares.as_slice()).unwrap_or_default();
-        let needed = self.whole().map_or(0, |costs| costs.needed(&(0..self.n_layers), self.reservation.of(self.context.end)));
+        let needed = self.whole_rank().map_or(0, |costs| costs.needed(&(0..self.n_layers), self.reservation.of(self.context.end)));
         let whole = Bytes(needed);
         let first = self.nodes.first().map_or("", |candidate| candidate.node.name.as_str());
         let usable = self.nodes.first().map_or(Bytes(0), |candidate| candidate.node.usable_memory);
@@ -266,7 +292,7 @@ impl Planner<'_> {
         let all = 0..self.n_layers;
         let context_tokens = self.context.start;
         let nodes = self.nodes.iter().map(|Candidate { node, .. }| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
-        let bytes = |of: &dyn Fn(&Costs) -> u64| Bytes(self.whole().map_or(0, of));
+        let bytes = |of: &dyn Fn(&Costs) -> u64| Bytes(self.whole_rank().map_or(0, of));
         WhyNot::DoesNotFit {
             model_bytes: bytes(&|costs| costs.weights(&all)),
             cache_bytes: bytes(&|costs| costs.cache_and_states(&all, self.reservation.of(context_tokens))),
@@ -280,8 +306,8 @@ impl Planner<'_> {
     fn stage_does_not_fit(&self, layout: &Layout) -> WhyNot {
         let context_tokens = self.context.start;
         for stage in &layout.stages {
-            let costs = self.sizes.group(&stage.shares);
-            for (costs, place) in costs.iter().zip(&stage.nodes) {
+            let Ok(group) = self.sizes.group(&stage.shares) else { continue };
+            for (costs, place) in group.ranks.iter().zip(&stage.nodes) {
                 let Some(Candidate { node, .. }) = self.nodes.get(*place) else { continue };
                 let needed = costs.needed(&stage.layers, self.reservation.of(context_tokens));
                 if needed > node.usable_memory.0 {

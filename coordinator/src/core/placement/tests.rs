@@ -24,7 +24,7 @@ pub(crate) fn model(n_layers: u32, hidden: u32, tied: bool) -> (ModelSpec, Weigh
 }
 
 /// The model of a config, and its weights in f32.
-fn model_of(config: &serde_json::Value) -> (ModelSpec, WeightMap) {
+pub(super) fn model_of(config: &serde_json::Value) -> (ModelSpec, WeightMap) {
     let spec = read_spec(config).expect("a valid config");
     let mut index = WeightIndex::default();
     let mut add = |name: String, shape: Vec<u64>| {
@@ -61,7 +61,7 @@ pub(crate) fn node(name: &str, usable: u64, bandwidth: f64) -> NodeFacts {
     }
 }
 
-fn options(strategy: Strategy) -> PlanOptions {
+pub(super) fn options(strategy: Strategy) -> PlanOptions {
     PlanOptions { model: "test".into(), strategy, min_workers: 1, ..Default::default() }
 }
 
@@ -69,12 +69,12 @@ fn ranges(plan: &Plan) -> Vec<Range<u32>> {
     plan.stages.iter().map(|stage| stage.layers.clone()).collect()
 }
 
-const GB: u64 = 1_000_000_000;
+pub(super) const GB: u64 = 1_000_000_000;
 
 #[test]
 fn auto_takes_one_node_when_that_is_enough_and_more_when_not() {
     let (spec, map) = model(8, 1024, false);
-    let plan_for = |usable| plan(&spec, &map, &[node("b", usable, 0.0), node("a", usable, 0.0)], &options(Strategy::Auto));
+    let plan_for = |usable| plan(&spec, &map, &[node("b", usable, 0.0), node("a", usable, 0.0)], &[], &options(Strategy::Auto));
     let roomy = plan_for(8 * GB).expect("fits");
     assert_eq!((roomy.stages.len(), roomy.stages[0].layers.clone(), roomy.stages[0].ranks[0].node_name.as_str()), (1, 0..8, "a"));
     assert!(roomy.why.contains("a holds the whole model") && roomy.why.contains("not used: b"), "{}", roomy.why);
@@ -88,7 +88,7 @@ fn auto_takes_one_node_when_that_is_enough_and_more_when_not() {
 fn a_pipeline_uses_all_nodes_but_no_more_than_layers() {
     let (spec, map) = model(3, 64, true);
     let nodes: Vec<_> = ["d", "c", "b", "a"].iter().map(|name| node(name, 4 * GB, 50e9)).collect();
-    let plan = plan(&spec, &map, &nodes, &options(Strategy::Pipeline)).expect("fits");
+    let plan = plan(&spec, &map, &nodes, &[], &options(Strategy::Pipeline)).expect("fits");
     assert_eq!(ranges(&plan), vec![0..1, 1..2, 2..3]);
     assert_eq!(plan.stages.iter().map(|stage| stage.ranks[0].node_name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
     let embedding = map.part_bytes(Part::Embedding);
@@ -103,10 +103,10 @@ fn a_pipeline_uses_all_nodes_but_no_more_than_layers() {
 fn speed_decides_when_memory_is_plentiful_and_memory_when_not() {
     let (spec, map) = model(12, 1024, true);
     let nodes = |fast: u64, slow: u64| [node("fast", fast, 30e9), node("slow", slow, 10e9)];
-    let by_speed = plan(&spec, &map, &nodes(64 * GB, 63 * GB), &options(Strategy::Pipeline)).expect("fits");
+    let by_speed = plan(&spec, &map, &nodes(64 * GB, 63 * GB), &[], &options(Strategy::Pipeline)).expect("fits");
     assert_eq!(ranges(&by_speed)[0], 0..9, "{}", by_speed.why);
     assert!(by_speed.why.contains("bandwidth"));
-    let by_memory = plan(&spec, &map, &nodes(450_000_000, 440_000_000), &options(Strategy::Pipeline)).expect("fits");
+    let by_memory = plan(&spec, &map, &nodes(450_000_000, 440_000_000), &[], &options(Strategy::Pipeline)).expect("fits");
     assert_eq!(ranges(&by_memory)[0], 0..6, "{}", by_memory.why);
     assert!(by_memory.why.contains("usable memory"));
 }
@@ -115,7 +115,7 @@ fn speed_decides_when_memory_is_plentiful_and_memory_when_not() {
 fn noise_between_equal_machines_does_not_split_unevenly() {
     let (spec, map) = model(8, 1024, true);
     let nodes = [node("a", 4 * GB, 80e9), node("b", 4 * GB, 31e9)];
-    assert_eq!(ranges(&plan(&spec, &map, &nodes, &options(Strategy::Pipeline)).expect("fits"))[0].len(), 4);
+    assert_eq!(ranges(&plan(&spec, &map, &nodes, &[], &options(Strategy::Pipeline)).expect("fits"))[0].len(), 4);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn a_split_is_honoured_or_refused_with_numbers() {
     let (spec, map) = model(8, 1024, false);
     let nodes = [node("a", 4 * GB, 0.0), node("b", 3 * GB, 0.0)];
     let with = |split: &[u32], nodes: &[NodeFacts]| {
-        plan(&spec, &map, nodes, &PlanOptions { split: Some(split.to_vec()), ..options(Strategy::Pipeline) })
+        plan(&spec, &map, nodes, &[], &PlanOptions { split: Some(split.to_vec()), ..options(Strategy::Pipeline) })
     };
     assert_eq!(ranges(&with(&[5, 3], &nodes).expect("fits")), vec![0..5, 5..8]);
     assert_eq!(with(&[5, 4], &nodes), Err(WhyNot::SplitSum { split: "5,4".into(), sum: 9, layers: 8 }));
@@ -138,21 +138,21 @@ fn a_split_is_honoured_or_refused_with_numbers() {
 fn the_context_is_lowered_to_fit_unless_told() {
     let (spec, map) = model(8, 1024, false);
     let nodes = [node("a", 500_000_000, 0.0)];
-    let lowered = plan(&spec, &map, &nodes, &options(Strategy::Auto)).expect("fits with less");
+    let lowered = plan(&spec, &map, &nodes, &[], &options(Strategy::Auto)).expect("fits with less");
     assert!(lowered.context_tokens < 8192 && lowered.context_tokens >= 512 && lowered.context_tokens.is_multiple_of(256), "{lowered}");
     assert!(lowered.why.contains("lowered from 8192"), "{}", lowered.why);
     let told = PlanOptions { context_tokens: Some(8192), ..options(Strategy::Auto) };
-    let message = plan(&spec, &map, &nodes, &told).expect_err("too long").to_string();
+    let message = plan(&spec, &map, &nodes, &[], &told).expect_err("too long").to_string();
     assert!(message.contains("a has 500.0 MB usable") && message.contains("8192 tokens"), "{message}");
     let longer = PlanOptions { context_tokens: Some(9000), ..options(Strategy::Auto) };
-    assert_eq!(plan(&spec, &map, &nodes, &longer), Err(WhyNot::ContextTooLong { asked: 9000, max: 8192 }));
+    assert_eq!(plan(&spec, &map, &nodes, &[], &longer), Err(WhyNot::ContextTooLong { asked: 9000, max: 8192 }));
 }
 
 #[test]
 fn caches_are_counted_as_they_will_be_kept() {
     let (spec, map) = model(8, 1024, false);
     let nodes = [node("a", 540_000_000, 0.0)];
-    let with = |caches| plan(&spec, &map, &nodes, &PlanOptions { caches, ..options(Strategy::Auto) }).expect("fits");
+    let with = |caches| plan(&spec, &map, &nodes, &[], &PlanOptions { caches, ..options(Strategy::Auto) }).expect("fits");
     let plain = with(CacheOptions::default());
     let quantization = |start| KvQuantization::new(4, None, Some(start)).expect("allowed");
     let quantised = with(CacheOptions { quantization: Some(quantization(0)), max_kv_size: None });
@@ -178,7 +178,7 @@ fn caches_are_counted_as_they_will_be_kept() {
 fn caches_that_cannot_be_are_refused_before_anything_is_planned() {
     let (spec, map) = model(8, 320, false);
     let caches = CacheOptions { quantization: Some(KvQuantization::new(8, None, None).expect("allowed")), max_kv_size: None };
-    let why = plan(&spec, &map, &[], &PlanOptions { caches, ..options(Strategy::Auto) }).expect_err("groups of 64 in heads of 80");
+    let why = plan(&spec, &map, &[], &[], &PlanOptions { caches, ..options(Strategy::Auto) }).expect_err("groups of 64 in heads of 80");
     assert!(why.is_usage() && why.to_string().contains("80 numbers a head"), "{why}");
 }
 
@@ -198,10 +198,10 @@ proptest! {
             .map(|(i, (megabytes, speed))| node(&format!("n{i}"), megabytes * 1_000_000, f64::from(*speed) * 50e9)).collect();
         let strategy = if pipeline { Strategy::Pipeline } else { Strategy::Auto };
         let options = PlanOptions { context_tokens: context, ..options(strategy) };
-        let first = plan(&spec, &map, &nodes, &options);
+        let first = plan(&spec, &map, &nodes, &[], &options);
         let mut reversed = nodes.clone();
         reversed.reverse();
-        prop_assert_eq!(&first, &plan(&spec, &map, &reversed, &options));
+        prop_assert_eq!(&first, &plan(&spec, &map, &reversed, &[], &options));
         if let Ok(plan) = first {
             prop_assert_eq!(plan.stages[0].layers.start, 0);
             prop_assert_eq!(plan.stages.last().map(|stage| stage.layers.end), Some(n_layers));
@@ -231,15 +231,15 @@ fn a_stage_pays_for_copies_of_caches_that_it_reads() {
 fn tensor_is_one_group_over_all_workers() {
     let (spec, map) = model(8, 1024, false);
     let nodes = [node("b", 4 * GB, 0.0), node("c", 4 * GB, 0.0), node("a", 4 * GB, 0.0)];
-    let group = plan(&spec, &map, &nodes, &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("fits");
+    let group = plan(&spec, &map, &nodes, &[], &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("fits");
     assert_eq!((ranges(&group), group.stages[0].shares()), (std::iter::once(0..8).collect(), vec![1, 1, 1]));
     assert_eq!(group.ranks().map(|rank| rank.node_name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
     assert!(group.why.contains("3 workers in equal parts"), "{}", group.why);
-    let few = plan(&spec, &map, &nodes, &PlanOptions { min_workers: 4, ..options(Strategy::Tensor) });
+    let few = plan(&spec, &map, &nodes, &[], &PlanOptions { min_workers: 4, ..options(Strategy::Tensor) });
     assert_eq!(few, Err(WhyNot::TooFewNodes { found: 3, wanted: 4 }));
     let (one_layer, map) = model(1, 64, true);
     let many =
-        plan(&one_layer, &map, &nodes, &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("more ranks than layers");
+        plan(&one_layer, &map, &nodes, &[], &PlanOptions { min_workers: 3, ..options(Strategy::Tensor) }).expect("more ranks than layers");
     assert_eq!(many.stages[0].ranks.len(), 3);
 }
 
@@ -249,7 +249,7 @@ fn stages_are_told_by_name() {
     let nodes = [node("a", 4 * GB, 0.0), node("b", 3 * GB, 0.0), node("c", 2 * GB, 0.0)];
     let with = |stages: &str| {
         let stages = stages.split(',').map(|stage| stage.parse().expect("a stage")).collect();
-        plan(&spec, &map, &nodes, &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
+        plan(&spec, &map, &nodes, &[], &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
     };
     let hybrid = with("c*4+a*2:0-4,id-b:5-7").expect("fits");
     assert_eq!((ranges(&hybrid), hybrid.stages[0].shares(), hybrid.stages[1].shares()), (vec![0..5, 5..8], vec![2, 1], vec![1]));
@@ -262,7 +262,10 @@ fn stages_are_told_by_name() {
     assert!(!unknown.is_usage() && unknown.to_string().contains("connected are: a, b, c"), "{unknown}");
     let twins = [node("a", GB, 0.0), NodeFacts { id: NodeId("other".into()), ..node("a", GB, 0.0) }];
     let stages = Some(vec!["a:0-7".parse().expect("a stage")]);
-    assert!(matches!(plan(&spec, &map, &twins, &PlanOptions { stages, ..options(Strategy::Auto) }), Err(WhyNot::AmbiguousWorker { .. })));
+    assert!(matches!(
+        plan(&spec, &map, &twins, &[], &PlanOptions { stages, ..options(Strategy::Auto) }),
+        Err(WhyNot::AmbiguousWorker { .. })
+    ));
 }
 
 #[test]
@@ -273,7 +276,7 @@ fn a_group_touches_no_cut_that_keys_and_values_cross() {
     let nodes = [node("a", 4 * GB, 0.0), node("b", 3 * GB, 0.0), node("c", 2 * GB, 0.0)];
     let with = |stages: &str| {
         let stages = stages.split(',').map(|stage| stage.parse().expect("a stage")).collect();
-        plan(&spec, &map, &nodes, &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
+        plan(&spec, &map, &nodes, &[], &PlanOptions { stages: Some(stages), ..options(Strategy::Auto) })
     };
     assert_eq!(with("a+b:0-2,c:3-5"), Err(WhyNot::SharedCut { cut: 3 }));
     assert!(with("a+b:0-0,c:1-5").is_ok() && with("a:0-2,c:3-5").is_ok());

@@ -1,6 +1,6 @@
 //! Why there is no plan, with the numbers of every worker and what to try.
 
-use mlx_cluster_common::{cache::CacheError, units::Bytes};
+use mlx_cluster_common::{cache::CacheError, tensor::CoverError, units::Bytes};
 
 /// A node and what models may use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +46,10 @@ pub enum WhyNot {
         "layers from {cut} on read keys and values of layers before it, so a stage of several workers can neither end nor begin there: move the cut"
     )]
     SharedCut { cut: u32 },
+    #[error("the model cannot be split in shares of {shares:?}: {cause}")]
+    Split { shares: Vec<u32>, cause: String },
+    #[error(transparent)]
+    NotCovered(#[from] CoverError),
     #[error(transparent)]
     Caches(#[from] CacheError),
     #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
