@@ -63,7 +63,7 @@ fn model() -> (ModelSpec, WeightMap) {
             _ => continue,
         };
         let bytes = shape.iter().product::<u64>() * 2;
-        let entry = TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape, bytes };
+        let entry = TensorEntry { file: "model.safetensors".into(), dtype: DType::BF16, shape, offset: 0, bytes };
         index.tensors.insert(format!("{}.weight", weight.path()), entry);
     }
     let map = WeightMap::assign(&spec, &index).expect("complete");

@@ -46,7 +46,7 @@ pub(crate) struct CoordinatorArgs {
     /// Plan only when so many workers are there
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     min_workers: u32,
-    /// auto: as few workers as the model needs, since every hop takes time; pipeline: all that are there, one after the other; tensor: all
+    /// auto: what is predicted to be fastest, with as few workers as that takes; pipeline: all that are there, one after the other; tensor: all
     /// that are there, each matrix split
     #[arg(long, value_name = "auto|pipeline|tensor", default_value = "auto")]
     strategy: Strategy,

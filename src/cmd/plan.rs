@@ -40,7 +40,7 @@ pub(crate) struct PlanArgs {
     /// How long to wait for their answers
     #[arg(long, value_name = "SECONDS", default_value_t = 3, conflicts_with = "memory")]
     wait: u64,
-    /// auto: as few workers as the model needs; pipeline: all of them, one after the other; tensor: all of them, each matrix split
+    /// auto: what is predicted to be fastest, with as few workers as that takes; pipeline: all of them, one after the other; tensor: all of them, each matrix split
     #[arg(long, value_name = "auto|pipeline|tensor", default_value = "auto")]
     strategy: Strategy,
     /// Layers for each worker, the one with the most memory first

@@ -103,7 +103,7 @@ fn matrix(spec: &ModelSpec, index: &mut WeightIndex, path: &str, shape: Vec<u32>
 fn add(index: &mut WeightIndex, name: String, dtype: DType, shape: Vec<u32>) {
     let shape: Vec<u64> = shape.into_iter().map(u64::from).collect();
     let bytes = shape.iter().product::<u64>() * dtype.size();
-    index.tensors.insert(name, TensorEntry { file: "model.safetensors".into(), dtype, shape, bytes });
+    index.tensors.insert(name, TensorEntry { file: "model.safetensors".into(), dtype, shape, offset: 0, bytes });
 }
 
 /// A line of the table.
