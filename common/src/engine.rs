@@ -51,6 +51,20 @@ pub struct EngineSpec {
     pub caches: CacheOptions,
     /// What each sequence counts for against `cache_tokens`.
     pub reservation: CacheReservation,
+    /// All workers that may hold or fetch tensors of the model, this one too: first those of the plan, engine by engine. The same order for
+    /// all engines of a plan, so that all agree who fetches what.
+    pub weight_peers: Vec<WeightPeer>,
+}
+
+/// A worker as a source of weights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightPeer {
+    pub node: NodeId,
+    pub name: String,
+    /// `host:port` of the worker's service, best first.
+    pub addresses: Vec<String>,
+    /// What the plan has it hold; empty for a worker that is not in the plan.
+    pub layers: Range<u32>,
 }
 
 impl EngineSpec {

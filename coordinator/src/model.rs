@@ -67,14 +67,15 @@ pub struct LoadedModel {
     created: u64,
 }
 
-/// Finds the model that `--model` names, fetches its metadata where it is on the hub, and checks all of it.
-pub async fn load(argument: &str) -> Result<LoadedModel, ModelError> {
+/// Finds the model that `--model` names, fetches its metadata where it is on the hub, and checks all of it. What it consists of is kept in
+/// the data folder `home`.
+pub async fn load(argument: &str, home: &Path) -> Result<LoadedModel, ModelError> {
     let model = ModelRef::parse(argument)?;
     let name = model.display_name();
     let progress = |progress: mlx_cluster_hub::Progress<'_>| {
         tracing::debug!(file = progress.file, done_bytes = progress.done_bytes, total_bytes = progress.total_bytes, "metadata");
     };
-    let snapshot = Snapshot::open(&model, &HubSettings::from_env(), &progress).await?;
+    let snapshot = Snapshot::open(&model, &HubSettings::from_env().with_home(home), &progress).await?;
     let facts = facts(&name, &snapshot).await?;
     let folder = snapshot.folder().to_owned();
     let (tokenizer, template) = blocking(&name, move |name| text_side(&name, &folder)).await??;

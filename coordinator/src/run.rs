@@ -144,7 +144,7 @@ async fn serve(
 ) -> Result<(), CoordinatorError> {
     let model = match &options.model {
         None => None,
-        Some(argument) => match shutdown.run_until_cancelled(model::load(argument)).await {
+        Some(argument) => match shutdown.run_until_cancelled(model::load(argument, &options.home)).await {
             None => return Ok(()),
             Some(model) => Some(model?),
         },

@@ -4,7 +4,7 @@ use crate::wire;
 use mlx_cluster_common::{
     PROTOCOL_VERSION, VERSION,
     cache::{CacheError, CacheOptions, CacheReservation, KvQuantization},
-    engine::{EngineSpec, EngineState, EngineStatus, GroupLink, Link, ModelSource, NodeFacts, Peer},
+    engine::{EngineSpec, EngineState, EngineStatus, GroupLink, Link, ModelSource, NodeFacts, Peer, WeightPeer},
     ids::{EngineId, Epoch, NodeId, SequenceId},
     plan::Collective,
     request::{Delivery, EngineLoad, FinishReason, SessionCommand, Submission, TokenOut},
@@ -74,6 +74,7 @@ impl From<EngineSpec> for wire::EngineSpec {
             memory_bytes: spec.memory.0,
             caches: Some(spec.caches.into()),
             reservation: Some(spec.reservation.into()),
+            weight_peers: spec.weight_peers.into_iter().map(wire::WeightPeer::from).collect(),
             rank: spec.place.rank,
             shares: spec.place.shares,
             collective: wire::Collective::from(spec.collective).into(),
@@ -110,7 +111,22 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
             memory: Bytes(spec.memory_bytes),
             caches: spec.caches.ok_or(WireError::Missing("caches"))?.try_into()?,
             reservation: spec.reservation.ok_or(WireError::Missing("reservation"))?.into(),
+            weight_peers: spec.weight_peers.into_iter().map(WeightPeer::from).collect(),
         })
+    }
+}
+
+impl From<WeightPeer> for wire::WeightPeer {
+    fn from(peer: WeightPeer) -> Self {
+        let WeightPeer { node, name, addresses, layers } = peer;
+        Self { node: node.0, name, addresses, layers_start: layers.start, layers_end: layers.end }
+    }
+}
+
+impl From<wire::WeightPeer> for WeightPeer {
+    fn from(peer: wire::WeightPeer) -> Self {
+        let wire::WeightPeer { node, name, addresses, layers_start, layers_end } = peer;
+        Self { node: NodeId(node), name, addresses, layers: layers_start..layers_end }
     }
 }
 
@@ -593,6 +609,7 @@ mod tests {
             memory: Bytes(7),
             caches: CacheOptions { quantization: Some(quantization), max_kv_size: Some(64) },
             reservation: CacheReservation { held_max: 64, plain_tokens: 100, plain_percent: 356 },
+            weight_peers: vec![WeightPeer { node: "n".into(), name: "mini".into(), addresses: vec!["10.0.0.1:7".into()], layers: 3..5 }],
         };
         assert_eq!(EngineSpec::try_from(wire::EngineSpec::from(spec.clone())), Ok(spec));
     }

@@ -49,10 +49,24 @@ pub enum HubError {
         "{file} arrived damaged and was thrown away (SHA-256 {got} instead of {expected}): try again; if it happens again, check HF_ENDPOINT, proxies and the disk"
     )]
     WrongHash { file: String, got: String, expected: String },
-    #[error("{} more are needed in {folder}, {} are free: free some space, or set HF_HOME to a larger disk", Bytes(*needed_bytes), Bytes(*free_bytes))]
+    #[error("{} more are needed in {folder}, {} are free: free some space, or set HF_HOME (for the shared cache) or MLX_CLUSTER_HOME (for the weight store) to a larger disk", Bytes(*needed_bytes), Bytes(*free_bytes))]
     DiskFull { folder: PathBuf, needed_bytes: u64, free_bytes: u64 },
     #[error("another process has been holding {lock} for {}s without progress: stop it, or remove that file", waited.as_secs())]
     Locked { lock: PathBuf, waited: Duration },
+    #[error(
+        "the hub {endpoint} was asked for bytes {first} to {last} of {file} and sends {got}: try again; if it happens again, check HF_ENDPOINT and proxies"
+    )]
+    WrongRange { endpoint: String, file: String, first: u64, last: u64, got: String },
+    #[error(
+        "the hub {endpoint} sends the whole of {file} where a part was asked for: point HF_ENDPOINT to a hub that honours ranges, or fetch the whole model with `mlx-cluster models pull`"
+    )]
+    RangesIgnored { endpoint: String, file: String },
+    #[error(
+        "{file} of {repo} is not what it was when its download began, though commit {commit} is the same: check HF_ENDPOINT, then `mlx-cluster models remove {repo}` and start again"
+    )]
+    Changed { repo: String, commit: String, file: String },
+    #[error("tensor `{tensor}` is not in the weight store: start again, it is fetched then")]
+    TensorNotHere { tensor: String },
     #[error("cannot {action} {path}: {source}")]
     Disk { action: &'static str, path: PathBuf, source: std::io::Error },
     #[error("the hub client cannot be set up for HF_ENDPOINT={endpoint}: {cause}")]
@@ -79,9 +93,11 @@ impl HubError {
     pub fn kind(&self) -> HubErrorKind {
         match self {
             Self::RepoNotFound { .. } | Self::RevisionNotFound { .. } | Self::FileNotInRepo { .. } => HubErrorKind::NotFound,
-            Self::Json(_) | Self::Index(_) | Self::WeightFile(_) | Self::BadFileName { .. } => HubErrorKind::BadFile,
+            Self::Json(_) | Self::Index(_) | Self::WeightFile(_) | Self::BadFileName { .. } | Self::Changed { .. } => HubErrorKind::BadFile,
             Self::Gated { .. } | Self::BadToken { .. } => HubErrorKind::Access,
-            Self::DiskFull { .. } | Self::Locked { .. } | Self::Disk { .. } | Self::Task { .. } => HubErrorKind::Resources,
+            Self::DiskFull { .. } | Self::Locked { .. } | Self::Disk { .. } | Self::Task { .. } | Self::TensorNotHere { .. } => {
+                HubErrorKind::Resources
+            }
             Self::Offline { .. }
             | Self::Unreachable { .. }
             | Self::Unavailable { .. }
@@ -90,6 +106,8 @@ impl HubError {
             | Self::Refused { .. }
             | Self::Interrupted { .. }
             | Self::WrongSize { .. }
+            | Self::WrongRange { .. }
+            | Self::RangesIgnored { .. }
             | Self::WrongHash { .. }
             | Self::BadEndpoint { .. } => HubErrorKind::Network,
         }
@@ -102,7 +120,15 @@ impl HubError {
 
     /// Whether the same request may succeed a moment later.
     pub(crate) fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Unavailable { .. } | Self::RateLimited { .. } | Self::Interrupted { .. })
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Unavailable { .. }
+                | Self::RateLimited { .. }
+                | Self::Interrupted { .. }
+                | Self::WrongRange { .. }
+                | Self::RangesIgnored { .. }
+        )
     }
 }
 

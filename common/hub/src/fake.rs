@@ -17,8 +17,10 @@ use std::{
     collections::BTreeMap,
     io,
     net::{Ipv4Addr, SocketAddr},
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
+    time::Duration,
 };
 use tokio::{net::TcpListener, sync::oneshot};
 
@@ -54,7 +56,14 @@ pub enum Fault {
     FlipBit,
     /// The whole file, whatever range was asked for.
     IgnoreRange,
+    /// Bytes that begin elsewhere, under a header that says so.
+    OtherRange,
+    /// A header that says another length of the whole file.
+    OtherTotal,
 }
+
+/// Bytes of files that were served, file by file, in the order in which they were asked for.
+pub type Served = BTreeMap<String, Vec<Range<usize>>>;
 
 /// A request that came in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +86,9 @@ struct Hub {
     repos: BTreeMap<String, Repo>,
     faults: Vec<(String, Fault)>,
     seen: Vec<Seen>,
+    served: Served,
+    /// Bodies come in pieces of so many bytes with so long a pause after each.
+    pace: Option<(usize, Duration)>,
 }
 
 struct Repo {
@@ -165,6 +177,23 @@ impl FakeHub {
     /// Whether a fault for this file is still to come.
     pub fn fault_pending(&self, file: &str) -> bool {
         self.shared.lock().faults.iter().any(|(name, _)| name == file)
+    }
+
+    /// Replaces the content of a file without a new commit, which no honest hub does.
+    pub fn swap(&self, repo: &str, file: &str, bytes: Vec<u8>) {
+        if let Some(repo) = self.shared.lock().repos.get_mut(repo) {
+            repo.files.insert(file.to_owned(), Stored::new(file, bytes));
+        }
+    }
+
+    /// From now on content comes in pieces of `bytes`, with a pause after each; None at once.
+    pub fn set_pace(&self, pace: Option<(usize, Duration)>) {
+        self.shared.lock().pace = pace;
+    }
+
+    /// What was served so far of the content of files, and starts counting anew.
+    pub fn take_served(&self) -> Served {
+        std::mem::take(&mut self.shared.lock().served)
     }
 
     /// All requests so far, and starts counting anew.
@@ -326,15 +355,21 @@ impl Hub {
         match fault {
             Some(Fault::Status(code)) => return with_body(code, "<html>the fake hub was told to fail</html>".into()),
             Some(Fault::FlipBit) => bytes.iter_mut().last().into_iter().for_each(|byte| *byte ^= 1),
-            Some(Fault::CutAfter(_) | Fault::IgnoreRange) | None => {}
+            Some(Fault::CutAfter(_) | Fault::IgnoreRange | Fault::OtherRange | Fault::OtherTotal) | None => {}
         }
         let total = bytes.len();
         let range = headers.get(header::RANGE).filter(|_| fault != Some(Fault::IgnoreRange)).and_then(|value| parse_range(value, total));
         let reply = match range {
-            None => with_headers(status(200), &[("content-length", total.to_string())]),
+            None => {
+                self.note_served(file, 0..total, fault);
+                with_headers(status(200), &[("content-length", total.to_string())])
+            }
             Some(Err(())) => return with_headers(status(416), &[("content-range", format!("bytes */{total}"))]),
             Some(Ok((start, end))) => {
+                let (start, end) = if fault == Some(Fault::OtherRange) { (start + 1, total.min(end + 1)) } else { (start, end) };
                 bytes = bytes[start..end].to_vec();
+                self.note_served(file, start..end, fault);
+                let total = if fault == Some(Fault::OtherTotal) { total + 1 } else { total };
                 let range = format!("bytes {start}-{}/{total}", end - 1);
                 with_headers(status(206), &[("content-length", bytes.len().to_string()), ("content-range", range)])
             }
@@ -343,8 +378,32 @@ impl Hub {
             Some(Fault::CutAfter(count)) => Some(count),
             _ => None,
         };
-        reply.map(|_| body(bytes, cut))
+        let pace = self.pace;
+        reply.map(|_| match (cut, pace) {
+            (None, Some((count, pause))) => paced(bytes, count, pause),
+            _ => body(bytes, cut),
+        })
     }
+
+    fn note_served(&mut self, file: &str, range: Range<usize>, fault: Option<Fault>) {
+        let end = match fault {
+            Some(Fault::CutAfter(count)) => range.end.min(range.start + count),
+            _ => range.end,
+        };
+        self.served.entry(file.to_owned()).or_default().push(range.start..end);
+    }
+}
+
+fn paced(bytes: Vec<u8>, count: usize, pause: Duration) -> Body {
+    Body::from_stream(stream::unfold((bytes, 0), move |(bytes, at)| async move {
+        if at >= bytes.len() {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        let end = bytes.len().min(at + count);
+        let piece = bytes[at..end].to_vec();
+        Some((Ok::<_, io::Error>(piece), (bytes, end)))
+    }))
 }
 
 fn body(mut bytes: Vec<u8>, cut: Option<usize>) -> Body {

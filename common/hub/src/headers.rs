@@ -92,19 +92,34 @@ pub enum WeightFileError {
 
 /// Reads and validates the header of a file on disk. Reads nothing but the header; blocks on the disk.
 pub fn read_header(path: &Path) -> Result<TensorHeader, WeightFileError> {
+    let (head, file_bytes) = read_head(path)?;
+    parse_head(&path.display().to_string(), &head, file_bytes)
+}
+
+/// What lies before the data of a file on disk, as it is there, and the length of the file. Blocks on the disk.
+pub(crate) fn read_head(path: &Path) -> Result<(Vec<u8>, u64), WeightFileError> {
     let file = path.display().to_string();
     let unreadable = |source| WeightFileError::Unreadable { file: file.clone(), source };
     let mut reader = File::open(path).map_err(unreadable)?;
     let file_bytes = reader.metadata().map_err(unreadable)?.len();
     // Enough for the length, and to tell what a file is that is none of ours.
-    let mut start = Vec::with_capacity(64);
-    (&mut reader).take(64).read_to_end(&mut start).map_err(unreadable)?;
-    let header_bytes = header_length(&file, &start, file_bytes)?;
-    let mut json = start.split_off(LENGTH_BYTES as usize);
-    json.truncate(header_bytes as usize);
-    let rest = header_bytes - json.len() as u64;
-    reader.take(rest).read_to_end(&mut json).map_err(unreadable)?;
-    parse_header(&file, &json, file_bytes)
+    let mut head = Vec::with_capacity(64);
+    (&mut reader).take(64).read_to_end(&mut head).map_err(unreadable)?;
+    let needed = LENGTH_BYTES + header_length(&file, &head, file_bytes)?;
+    head.truncate(needed as usize);
+    let rest = needed - head.len() as u64;
+    reader.take(rest).read_to_end(&mut head).map_err(unreadable)?;
+    Ok((head, file_bytes))
+}
+
+/// Validates what lies before the data of a file of `file_bytes`.
+pub(crate) fn parse_head(file: &str, head: &[u8], file_bytes: u64) -> Result<TensorHeader, WeightFileError> {
+    let needed_bytes = LENGTH_BYTES + header_length(file, head, file_bytes)?;
+    let has_bytes = head.len() as u64;
+    if has_bytes != needed_bytes {
+        return Err(WeightFileError::Incomplete { file: file.to_owned(), has_bytes, needed_bytes });
+    }
+    parse_header(file, &head[LENGTH_BYTES as usize..], file_bytes)
 }
 
 /// The length of the JSON header, from the first bytes of a file of `file_bytes`.
@@ -167,7 +182,7 @@ fn slot(file: &str, tensor: &str, info: &TensorInfo, data_start: u64) -> Result<
 
 /// The entries of the header in the order of their data. The crate's own parser goes through a hash map, where the last of
 /// two tensors of one name wins silently; hence this one.
-fn parse_entries(file: &str, json: &[u8]) -> Result<Vec<(String, TensorInfo)>, WeightFileError> {
+pub(crate) fn parse_entries(file: &str, json: &[u8]) -> Result<Vec<(String, TensorInfo)>, WeightFileError> {
     let Entries(entries) = serde_json::from_slice(json).map_err(|error| {
         let problem = error.to_string();
         WeightFileError::HeaderNotJson {

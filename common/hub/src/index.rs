@@ -2,11 +2,12 @@
 //! published index.
 
 use crate::{
+    description::{Description, WeightFile},
     error::HubError,
-    headers::{TensorHeader, read_header},
+    headers::{parse_head, read_head, read_header},
     json_file::{JsonFileError, read_json_if_present},
 };
-use mlx_cluster_common::weights::{TensorEntry, WeightIndex};
+use mlx_cluster_common::weights::WeightIndex;
 use serde::Deserialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -56,13 +57,24 @@ struct IndexFile {
 
 /// The weight index of a model in a folder, from the headers of its files. Blocks on the disk.
 pub fn folder_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
+    let description = Description { config: Vec::new(), files: folder_weight_files(folder)? };
+    Ok(description.weight_index(&folder.display().to_string())?)
+}
+
+/// The headers of a model in a folder, checked against its published index. Blocks on the disk.
+pub(crate) fn folder_weight_files(folder: &Path) -> Result<BTreeMap<String, WeightFile>, HubError> {
     let model = folder.display().to_string();
     let weights = WeightFiles::find(&model, folder, &file_names(folder)?)?;
-    let mut headers = Vec::with_capacity(weights.files.len());
+    let mut files = BTreeMap::new();
     for file in &weights.files {
-        headers.push((file.clone(), read_header(&folder.join(file))?));
+        let path = folder.join(file);
+        let (head, file_bytes) = read_head(&path)?;
+        let header = parse_head(&path.display().to_string(), &head, file_bytes)?;
+        files.insert(file.clone(), WeightFile { head, header, etag: None });
     }
-    Ok(weights.merge(&model, headers)?)
+    let description = Description { config: Vec::new(), files };
+    weights.check(&model, &description.weight_index(&model)?)?;
+    Ok(description.files)
 }
 
 /// The same from the weight files that are there, whether they are all of the model's or not; of the others, names as far as the published
@@ -71,11 +83,12 @@ pub fn partial_weight_index(folder: &Path) -> Result<WeightIndex, HubError> {
     let model = folder.display().to_string();
     let published: Option<IndexFile> = read_json_if_present(&folder.join(WEIGHT_INDEX_FILE))?;
     let weights = WeightFiles::without_index(&model, &file_names(folder)?)?;
-    let mut headers = Vec::with_capacity(weights.files.len());
-    for file in &weights.files {
-        headers.push((file.clone(), read_header(&folder.join(file))?));
+    let mut files = BTreeMap::new();
+    for file in weights.files {
+        let header = read_header(&folder.join(&file))?;
+        files.insert(file, WeightFile { head: Vec::new(), header, etag: None });
     }
-    let mut index = weights.merge(&model, headers)?;
+    let mut index = Description { config: Vec::new(), files }.weight_index(&model)?;
     let names = published.into_iter().flat_map(|published| published.weight_map.into_keys());
     index.elsewhere = names.filter(|name| !index.tensors.contains_key(name)).collect();
     Ok(index)
@@ -119,25 +132,15 @@ impl WeightFiles {
         Ok(Self { files, placed: None })
     }
 
-    /// Joins the headers of all files; what they say counts, the published index must agree.
-    pub(crate) fn merge(&self, model: &str, headers: Vec<(String, TensorHeader)>) -> Result<WeightIndex, IndexError> {
-        let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
-        for (file, header) in headers {
-            for (tensor, slot) in header.tensors {
-                let entry =
-                    TensorEntry { file: file.clone(), dtype: slot.dtype, shape: slot.shape, offset: slot.offset, bytes: slot.bytes };
-                if let Some(first) = tensors.insert(tensor.clone(), entry) {
-                    return Err(IndexError::TensorTwice { model: model.to_owned(), tensor, first: first.file, second: file });
-                }
-            }
-        }
+    /// What the headers say counts; the published index must agree.
+    pub(crate) fn check(&self, model: &str, index: &WeightIndex) -> Result<(), IndexError> {
         for (tensor, file) in self.placed.iter().flatten() {
-            if tensors.get(tensor).is_none_or(|entry| entry.file != *file) {
+            if index.tensors.get(tensor).is_none_or(|entry| entry.file != *file) {
                 let (tensor, file) = (shorten(tensor), file.clone());
                 return Err(IndexError::TensorNotInFile { model: model.to_owned(), tensor, file });
             }
         }
-        Ok(WeightIndex { tensors, elsewhere: BTreeSet::new() })
+        Ok(())
     }
 }
 

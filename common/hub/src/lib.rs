@@ -6,6 +6,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod cache;
+mod description;
 mod download;
 mod error;
 #[cfg(feature = "fake-hub")]
@@ -18,7 +19,9 @@ mod range;
 mod remote;
 mod settings;
 mod snapshot;
+mod store;
 
+pub use description::{Description, Descriptions, WeightFile};
 pub use error::{HubError, HubErrorKind};
 pub use headers::{TensorHeader, TensorSlot, WeightFileError, read_header};
 pub use index::{IndexError, WEIGHT_INDEX_FILE, folder_weight_index, partial_weight_index};
@@ -26,6 +29,7 @@ pub use json_file::{JsonFileError, read_config, read_json, read_json_if_present}
 pub use model_ref::{ModelRef, ModelRefError, RepoRef};
 pub use settings::{HubSettings, Token};
 pub use snapshot::Snapshot;
+pub use store::{Batch, BatchWriter, Contents, Damaged, Digest, Held, HeldModel, ModelStore, StoreLock, TensorRanges, held_models};
 
 /// How far the transfer of one file has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,16 +2,17 @@
 
 use crate::{
     error::HubError,
-    headers::{LENGTH_BYTES, TensorHeader, header_length, parse_header},
+    headers::{LENGTH_BYTES, header_length},
     remote::Remote,
 };
 use reqwest::{Response, StatusCode, header::CONTENT_RANGE};
+use std::ops::Range;
 
-/// Most headers are shorter than this, so that one request is enough.
-const FIRST_BYTES: u64 = 128 << 10;
+/// Enough for the length, and to tell what a file is that is none of ours; not so much that bytes of tensors come too.
+const FIRST_BYTES: u64 = 64;
 
-/// Reads and validates the header of one file at a commit.
-pub(crate) async fn read_remote_header(remote: &Remote, commit: &str, file: &str) -> Result<TensorHeader, HubError> {
+/// What lies before the data of one file at a commit, and the length of the file.
+pub(crate) async fn read_remote_head(remote: &Remote, commit: &str, file: &str) -> Result<(Vec<u8>, u64), HubError> {
     let (mut bytes, file_bytes) = remote.retrying(|| fetch(remote, commit, file, 0, FIRST_BYTES)).await?;
     let needed = LENGTH_BYTES + header_length(file, &bytes, file_bytes)?;
     let have = bytes.len() as u64;
@@ -23,7 +24,7 @@ pub(crate) async fn read_remote_header(remote: &Remote, commit: &str, file: &str
     if (bytes.len() as u64) < needed {
         return Err(interrupted(file, bytes.len() as u64, needed, "the hub sent less than it was asked for"));
     }
-    Ok(parse_header(file, &bytes[LENGTH_BYTES as usize..], file_bytes)?)
+    Ok((bytes, file_bytes))
 }
 
 /// Up to `count` bytes from `start`, and the length of the whole file.
@@ -62,10 +63,17 @@ async fn read_part(remote: &Remote, mut response: Response, skip: u64, count: u6
 
 /// First byte and total length out of `Content-Range: bytes 0-7/100`.
 pub(crate) fn content_range(response: &Response) -> Option<(u64, u64)> {
+    let (range, total) = whole_content_range(response)?;
+    Some((range.start, total))
+}
+
+/// The bytes and the total length out of `Content-Range: bytes 0-7/100`.
+pub(crate) fn whole_content_range(response: &Response) -> Option<(Range<u64>, u64)> {
     let value = response.headers().get(CONTENT_RANGE)?.to_str().ok()?;
     let (range, total) = value.strip_prefix("bytes ")?.split_once('/')?;
-    let (from, _) = range.split_once('-')?;
-    Some((from.parse().ok()?, total.parse().ok()?))
+    let (first, last) = range.split_once('-')?;
+    let end = last.parse::<u64>().ok()?.checked_add(1)?;
+    Some((first.parse().ok()?..end, total.parse().ok()?))
 }
 
 fn interrupted(file: &str, done_bytes: u64, total_bytes: u64, cause: &str) -> HubError {

@@ -1,5 +1,6 @@
 //! Where the hub and its cache are, read from the environment once, so that everything behind it is free of globals.
 
+use crate::{cache::RepoCache, model_ref::RepoRef};
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -47,6 +48,8 @@ pub struct HubSettings {
     pub retry_delay: Duration,
     /// A request or a transfer that is silent for so long has failed.
     pub stall_timeout: Duration,
+    /// Where descriptions of models are kept; None keeps none.
+    pub descriptions: Option<PathBuf>,
     /// How long to wait for another process that holds the lock of a file and makes no progress with it.
     pub lock_timeout: Duration,
 }
@@ -62,6 +65,7 @@ impl HubSettings {
             retries: 5,
             retry_delay: Duration::from_millis(500),
             stall_timeout: Duration::from_secs(30),
+            descriptions: None,
             lock_timeout: Duration::from_secs(600),
         }
     }
@@ -70,6 +74,16 @@ impl HubSettings {
     /// HF_TOKEN_PATH, HF_HUB_DISABLE_IMPLICIT_TOKEN, HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, as Python's huggingface_hub does.
     pub fn from_env() -> Self {
         Self::from_lookup(&|name| std::env::var(name).ok())
+    }
+
+    /// With descriptions of models kept in the data folder `home`.
+    pub fn with_home(self, home: &Path) -> Self {
+        Self { descriptions: Some(home.join("descriptions")), ..self }
+    }
+
+    /// Where the shared cache has the files of this commit, if it has any.
+    pub fn cached_folder(&self, repo: &RepoRef) -> PathBuf {
+        RepoCache::new(&self.cache_dir, repo).snapshot(repo.revision())
     }
 
     /// As [`from_env`](Self::from_env), with `lookup` in place of the process environment. Reads the token file.

@@ -3,27 +3,31 @@
 use crate::{
     OnProgress, Progress,
     cache::{RepoCache, check_free_space},
+    description::{Description, Descriptions, WeightFile},
     download::Download,
     error::HubError,
-    headers::{TensorHeader, WeightFileError, read_header},
-    index::{IndexError, WeightFiles, folder_weight_index, is_weight_file_name},
+    headers::{WeightFileError, parse_head, read_head, read_header},
+    index::{IndexError, WEIGHT_INDEX_FILE, WeightFiles, folder_weight_files, is_weight_file_name},
     json_file::{JsonFileError, read_config},
     model_ref::{ModelRef, RepoRef},
-    range::read_remote_header,
+    range::read_remote_head,
     remote::{Remote, RemoteFile},
     settings::HubSettings,
+    store::TensorRanges,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use mlx_cluster_common::weights::WeightIndex;
 use serde_json::Value;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 use tokio::sync::OnceCell;
 
 /// Requests that run at the same time; more does not make a home connection faster.
 const CONCURRENT_REQUESTS: usize = 4;
+/// Headers are small, so that the way there and back is what takes time.
+const CONCURRENT_HEADERS: usize = 8;
 const CONFIG_FILE: &str = "config.json";
 /// What is needed beside the weights, as far as a model has it. Everything else stays on the hub.
 const METADATA_FILES: [&str; 6] =
@@ -64,7 +68,7 @@ impl Snapshot {
     pub async fn open(model: &ModelRef, settings: &HubSettings, progress: OnProgress<'_>) -> Result<Self, HubError> {
         let snapshot = Self::attach(model, settings).await?;
         if let Source::Hub(hub) = &snapshot.source
-            && let Err(error) = hub.fetch_metadata(&snapshot.folder, progress).await
+            && let Err(error) = hub.fetch_metadata(&snapshot.folder, is_metadata, progress).await
         {
             return if error.hub_is_away() { snapshot.fall_back_to_cache(error).await } else { Err(error) };
         }
@@ -125,17 +129,93 @@ impl Snapshot {
 
     /// All tensors of the model, from the headers of its files: read here where the file is here, else by ranges from the hub.
     pub async fn weight_index(&self) -> Result<WeightIndex, HubError> {
-        let Source::Hub(hub) = &self.source else {
-            let folder = self.folder.clone();
-            let result = blocking(move || folder_weight_index(&folder)).await?;
-            return result.map_err(|error| self.name_what_is_not_cached(error));
+        Ok(self.describe().await?.weight_index(&self.model.to_string())?)
+    }
+
+    /// Config and headers, from what is kept here, from the files, or from the hub; then it is kept.
+    pub async fn describe(&self) -> Result<Description, HubError> {
+        let kept = self.descriptions();
+        if let Some((kept, repo)) = kept.clone()
+            && let Some(description) = blocking(move || kept.read(&repo)).await?
+        {
+            return Ok(description);
+        }
+        let description = match &self.source {
+            Source::Hub(hub) => self.describe_hub(hub).await?,
+            Source::Folder | Source::Cache { .. } => {
+                let folder = self.folder.clone();
+                let files = blocking(move || folder_weight_files(&folder)).await?;
+                let files = files.map_err(|error| self.name_what_is_not_cached(error))?;
+                Description { config: self.config_bytes().await?, files }
+            }
         };
+        let Some((kept, repo)) = kept else { return Ok(description) };
+        let (description, written) = blocking(move || {
+            let written = kept.write(&repo, &description);
+            (description, written)
+        })
+        .await?;
+        if let Err(error) = written {
+            tracing::warn!(%error, "cannot keep what the model consists of; the hub is asked again next time");
+        }
+        Ok(description)
+    }
+
+    fn descriptions(&self) -> Option<(Descriptions, RepoRef)> {
+        let settings = match &self.source {
+            Source::Hub(hub) => &hub.remote.settings,
+            Source::Cache { settings, .. } => settings,
+            Source::Folder => return None,
+        };
+        let ModelRef::Repo(repo) = &self.model else { return None };
+        Some((Descriptions::new(settings.descriptions.as_deref()?), repo.clone()))
+    }
+
+    async fn describe_hub(&self, hub: &HubSource) -> Result<Description, HubError> {
+        hub.fetch_metadata(&self.folder, is_descriptive, &|_| {}).await?;
         let model = self.model.to_string();
         let listed = hub.files().await?.iter().map(|file| file.name.clone());
         let weights = WeightFiles::find(&model, &self.folder, &listed.collect())?;
-        let headers: Vec<_> = weights.files.iter().map(|file| self.header(hub, file)).collect();
-        let headers = stream::iter(headers).buffered(CONCURRENT_REQUESTS).try_collect().await?;
-        Ok(weights.merge(&model, headers)?)
+        let files: Vec<_> = weights.files.iter().map(|file| self.weight_file(hub, file)).collect();
+        let files: BTreeMap<_, _> = stream::iter(files).buffered(CONCURRENT_HEADERS).try_collect().await?;
+        let description = Description { config: self.config_bytes().await?, files };
+        weights.check(&model, &description.weight_index(&model)?)?;
+        Ok(description)
+    }
+
+    async fn config_bytes(&self) -> Result<Vec<u8>, HubError> {
+        let path = self.folder.join(CONFIG_FILE);
+        tokio::fs::read(&path).await.map_err(|source| HubError::Disk { action: "read", path, source })
+    }
+
+    async fn weight_file(&self, hub: &HubSource, name: &str) -> Result<(String, WeightFile), HubError> {
+        let path = self.folder.join(name);
+        let here = blocking({
+            let path = path.clone();
+            move || read_head(&path)
+        });
+        let file = match here.await? {
+            Ok((head, file_bytes)) if parse_head(name, &head, file_bytes).is_ok() => {
+                // The cache names what it holds by its ETag.
+                let blob = std::fs::canonicalize(&path).ok();
+                let etag = blob.and_then(|blob| Some(blob.file_name()?.to_str()?.to_owned())).filter(|etag| etag != name);
+                WeightFile::new(name, head, file_bytes, etag)?
+            }
+            _ => {
+                let facts = hub.remote.facts(&hub.commit, name).await?;
+                let (head, file_bytes) = read_remote_head(&hub.remote, &hub.commit, name).await?;
+                WeightFile::new(name, head, file_bytes, Some(facts.etag))?
+            }
+        };
+        Ok((name.to_owned(), file))
+    }
+
+    /// Reads tensors from the hub; None where the hub is not used.
+    pub fn ranges(&self) -> Option<TensorRanges<'_>> {
+        match &self.source {
+            Source::Hub(hub) => Some(TensorRanges::new(&hub.remote, &hub.commit)),
+            Source::Folder | Source::Cache { .. } => None,
+        }
     }
 
     /// Makes sure that these weight files are here, whole and verified. Fetches what is missing, resuming what was begun.
@@ -192,15 +272,6 @@ impl Snapshot {
         Ok(cached)
     }
 
-    async fn header(&self, hub: &HubSource, file: &str) -> Result<(String, TensorHeader), HubError> {
-        let path = self.folder.join(file);
-        let header = match blocking(move || read_header(&path)).await? {
-            Ok(header) => header,
-            Err(_) => read_remote_header(&hub.remote, &hub.commit, file).await?,
-        };
-        Ok((file.to_owned(), header))
-    }
-
     fn name_what_is_not_cached(&self, error: HubError) -> HubError {
         match (&self.source, error) {
             (Source::Cache { repo, settings }, HubError::Index(IndexError::FileMissing { file, .. })) => not_cached(repo, settings, &file),
@@ -225,14 +296,14 @@ impl HubSource {
         Ok(self.files.get_or_try_init(|| self.remote.list(&self.commit)).await?)
     }
 
-    async fn fetch_metadata(&self, folder: &Path, progress: OnProgress<'_>) -> Result<(), HubError> {
+    async fn fetch_metadata(&self, folder: &Path, wanted: fn(&str) -> bool, progress: OnProgress<'_>) -> Result<(), HubError> {
         let files = self.files().await?;
         if !files.iter().any(|file| file.name == CONFIG_FILE) {
             return Err(self.without_config(files));
         }
         let is_here = |file: &RemoteFile| std::fs::metadata(folder.join(&file.name)).is_ok_and(|found| found.len() == file.bytes);
         let (mut small, mut large) = (Vec::new(), Vec::new());
-        for file in files.iter().filter(|file| is_metadata(&file.name)) {
+        for file in files.iter().filter(|file| wanted(&file.name)) {
             if is_here(file) {
                 progress(Progress { file: &file.name, done_bytes: file.bytes, total_bytes: file.bytes });
             } else if file.large {
@@ -276,6 +347,11 @@ impl HubSource {
 
 fn is_metadata(name: &str) -> bool {
     METADATA_FILES.contains(&name) || name.starts_with("chat_template.") || name.ends_with(".safetensors.index.json")
+}
+
+/// What is needed to know which tensors there are.
+fn is_descriptive(name: &str) -> bool {
+    name == CONFIG_FILE || name == WEIGHT_INDEX_FILE
 }
 
 fn not_cached(repo: &RepoRef, settings: &HubSettings, file: &str) -> HubError {

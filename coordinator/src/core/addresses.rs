@@ -43,6 +43,17 @@ fn hosts_between(from: &NodeFacts, to: &NodeFacts, to_reached: &str) -> Vec<Stri
     hosts(to).into_iter().chain([reached]).filter(|host| !is_loopback(host)).collect()
 }
 
+/// Addresses of the service of the worker on `to`, for the worker on `from`.
+pub(super) fn of_worker(from: &NodeFacts, to: &NodeFacts, to_reached: &str) -> Vec<String> {
+    let port = [to_reached].into_iter().chain(to.addresses.iter().map(String::as_str)).find_map(port);
+    port.map(|port| between(from, to, to_reached, u32::from(port))).unwrap_or_default()
+}
+
+/// The port of `host:port`.
+fn port(address: &str) -> Option<u16> {
+    address.rsplit_once(':')?.1.parse().ok()
+}
+
 /// Two nodes with exactly the same addresses are on one machine. Some in common is not enough: every Mac with the same virtual
 /// network has that one's address.
 fn same_machine(a: &NodeFacts, b: &NodeFacts) -> bool {

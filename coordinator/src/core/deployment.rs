@@ -4,10 +4,10 @@ use super::{
     Now, addresses,
     cluster::{GROUP_LINK_TIMEOUT, LINK_TIMEOUT},
     event::{ServedFacts, Settings},
-    members::Members,
+    members::{Member, Members},
 };
 use mlx_cluster_common::{
-    engine::{EngineSpec, EngineState, GroupLink, Link, Peer},
+    engine::{EngineSpec, EngineState, GroupLink, Link, Peer, WeightPeer},
     ids::{EngineId, Epoch, NodeId},
     links::LinkFacts,
     plan::{Plan, Rank},
@@ -82,10 +82,33 @@ impl Deployment {
                     memory: of.needed(),
                     caches: plan.caches,
                     reservation: plan.reservation,
+                    weight_peers: Vec::new(),
                 });
             }
         }
         Self { plan, engines, linked: Vec::new(), ends: BTreeMap::new(), failures: BTreeMap::new(), link_failures: 0 }
+    }
+
+    /// Tells each engine's worker who else may have tensors of the model: first the workers of the plan, engine by engine, then the others.
+    pub(super) fn with_weight_peers(mut self, members: &Members) -> Self {
+        let layers = self.plan.stages.iter().flat_map(|stage| stage.ranks.iter().map(|rank| (&rank.node, stage.layers.clone())));
+        let planned: Vec<_> = layers.filter_map(|(node, layers)| Some((members.get(node)?, layers))).collect();
+        let others = members.connected().filter(|member| !self.is_on(&member.facts.id)).map(|member| (member, 0..0));
+        let all: Vec<_> = planned.iter().cloned().chain(others).collect();
+        let peers_of = |from: &Member| {
+            let peer = |(to, layers): &(&Member, std::ops::Range<u32>)| WeightPeer {
+                node: to.facts.id.clone(),
+                name: to.facts.name.clone(),
+                addresses: addresses::of_worker(&from.facts, &to.facts, &to.reached),
+                layers: layers.clone(),
+            };
+            all.iter().map(peer).collect::<Vec<_>>()
+        };
+        let peers: Vec<_> = self.plan.ranks().map(|rank| members.get(&rank.node).map(peers_of).unwrap_or_default()).collect();
+        for (engine, peers) in self.engines.iter_mut().zip(peers) {
+            engine.weight_peers = peers;
+        }
+        self
     }
 
     fn rank(&self, engine: u32) -> Option<&Rank> {

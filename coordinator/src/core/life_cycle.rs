@@ -146,7 +146,8 @@ impl Cluster {
                 self.generation += 1;
                 self.refusal = None;
                 effects.push(Effect::Planned(plan.clone()));
-                self.deployment = Some(Deployment::new(plan, &model, &self.settings, self.generation));
+                let deployment = Deployment::new(plan, &model, &self.settings, self.generation);
+                self.deployment = Some(deployment.with_weight_peers(&self.members));
                 self.send_desired(effects);
                 self.load(now)
             }
@@ -283,7 +284,8 @@ impl Cluster {
     fn replace_engines(&mut self, effects: &mut Vec<Effect>) {
         let (Some(model), Some(deployment)) = (self.settings.model.clone(), &self.deployment) else { return };
         self.generation += 1;
-        self.deployment = Some(Deployment::new(deployment.plan.clone(), &model, &self.settings, self.generation));
+        let deployment = Deployment::new(deployment.plan.clone(), &model, &self.settings, self.generation);
+        self.deployment = Some(deployment.with_weight_peers(&self.members));
         self.send_desired(effects);
     }
 

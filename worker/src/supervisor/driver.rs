@@ -150,7 +150,7 @@ impl Driver {
     /// `last_run` is higher than any run of an earlier worker process of this node.
     pub(crate) fn new(
         launch: Launch,
-        store: Store,
+        store: Arc<Store>,
         last_run: u64,
         observed: watch::Sender<Observation>,
         situation: watch::Sender<Situation>,
@@ -158,7 +158,7 @@ impl Driver {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         let driver = Self {
             launch,
-            store: Arc::new(store),
+            store,
             core: Supervision::new(last_run),
             hold: Hold::default(),
             grant: None,

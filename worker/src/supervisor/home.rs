@@ -41,6 +41,11 @@ pub(crate) fn claim(home: &Path) -> Result<Identity, HomeError> {
     Err(HomeError::Full { home: home.to_path_buf() })
 }
 
+/// Where the worker of this number keeps the tensors of models.
+pub(crate) fn models(home: &Path, number: u32) -> PathBuf {
+    home.join("workers").join(number.to_string()).join("models")
+}
+
 /// The lock of this file, which ends with the process; None when another process has it.
 pub(crate) fn try_lock(path: &Path) -> Result<Option<File>, HomeError> {
     let disk = |action| move |source| HomeError::Disk { action, path: path.to_path_buf(), source };

@@ -31,7 +31,10 @@ use links::{Situation, Surveyor, answer::FRAME_BYTES_MAX};
 use local::Local;
 use mlx_cluster_common::{VERSION, ids::ClusterName, units::Bytes};
 use mlx_cluster_hub::HubSettings;
-use mlx_cluster_proto::{net, wire::worker_server::WorkerServer};
+use mlx_cluster_proto::{
+    net,
+    wire::{weights_server::WeightsServer, worker_server::WorkerServer},
+};
 use service::WorkerService;
 use std::{
     fmt::{self, Display},
@@ -41,7 +44,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use store::Store;
+use store::{Store, WeightsService};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc, watch},
@@ -50,6 +53,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+/// Largest message from a worker that asks for weights: the names of a batch of tensors.
+const ASKED_BYTES_MAX: usize = 4 << 20;
 const REQUESTS_MAX: usize = 64;
 const CLUSTER_CHARS_MAX: usize = 63;
 /// For connections to end once all streams on them have ended.
@@ -92,11 +97,18 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     let listener = net::listen(address).await.map_err(listen_error)?;
     let listen = listener.local_addr().map_err(listen_error)?;
     let local = Local { id: identity.id.clone(), name, cluster: options.cluster.clone(), listen };
-    serve(options, local, listener, shutdown).await
+    let models = home::models(&options.home, identity.number);
+    serve(options, local, models, listener, shutdown).await
 }
 
-/// [`run`] with its identity and its listener.
-async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shutdown: CancellationToken) -> Result<(), WorkerError> {
+/// [`run`] with its identity, the folder of its weight store and its listener.
+async fn serve(
+    options: WorkerOptions,
+    local: Local,
+    models: PathBuf,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
     let command = match options.engine_command {
         Some(command) => command,
         None => std::env::current_exe().map_err(|source| WorkerError::Program { source })?,
@@ -109,9 +121,10 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
     let (observing, observed) = watch::channel(Observation::default());
     let folder = options.home.join("engines").join(&local.id.0);
     let launch = Launch { command: command.clone(), folder, listen: local.listen.ip(), worker: local.name.clone() };
-    let store = Store { worker: local.name.clone(), home: options.home.clone(), hub: HubSettings::from_env() };
+    let hub = HubSettings::from_env().with_home(&options.home);
+    let store = Arc::new(Store::new(local.name.clone(), local.id.clone(), local.cluster.clone(), models, hub));
     let (situating, situation) = watch::channel(Situation::default());
-    let (driver, events) = Driver::new(launch, store, unix_ms(), observing, situating);
+    let (driver, events) = Driver::new(launch, Arc::clone(&store), unix_ms(), observing, situating);
 
     let (mut needed, others) = (JoinSet::new(), TaskTracker::new());
     let supervising = driver.run(events, received, stop.clone());
@@ -134,7 +147,8 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
     let surveyor = Surveyor { local: local.clone(), situation, requests: requests.clone(), turn: turn.clone() };
     others.spawn(stop.clone().run_until_cancelled_owned(surveyor.run()));
     let service = WorkerService { local, requests, observed, sessions: others.clone(), turn };
-    needed.spawn(accept(service, listener, stop.clone()));
+    let weights = WeightsService::new(store, others.clone(), stop.clone());
+    needed.spawn(accept(service, weights, listener, stop.clone()));
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         Some(result) = needed.join_next() => {
@@ -151,9 +165,10 @@ async fn serve(options: WorkerOptions, local: Local, listener: TcpListener, shut
 }
 
 /// Serves until `stop`, and a little longer for streams that are ending.
-async fn accept(service: WorkerService, listener: TcpListener, stop: CancellationToken) -> (&'static str, String) {
+async fn accept(service: WorkerService, weights: WeightsService, listener: TcpListener, stop: CancellationToken) -> (&'static str, String) {
     let service = WorkerServer::new(service).max_decoding_message_size(FRAME_BYTES_MAX);
-    let router = net::server().add_service(service);
+    let weights = WeightsServer::new(weights).max_decoding_message_size(ASKED_BYTES_MAX);
+    let router = net::server().add_service(service).add_service(weights);
     let serving = router.serve_with_incoming_shutdown(net::incoming(listener), stop.clone().cancelled_owned());
     let too_late = async {
         stop.cancelled().await;

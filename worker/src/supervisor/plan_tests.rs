@@ -21,6 +21,7 @@ fn spec(id: &str, layers_end: u32) -> EngineSpec {
         memory: Bytes(1 << 20),
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
+        weight_peers: Vec::new(),
     }
 }
 

@@ -44,7 +44,7 @@ impl Worker {
         let id = uuid::Uuid::new_v4().simple().to_string().as_str().into();
         let local = Local { id, name: "mini-2".into(), cluster: "test".into(), listen };
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(serve(options, local, listener, shutdown.clone()));
+        let running = tokio::spawn(serve(options, local, home.path().join("models"), listener, shutdown.clone()));
         Self { home, address: listen.to_string(), shutdown, running }
     }
 
@@ -119,6 +119,7 @@ fn spec(folder: &Path) -> EngineSpec {
         memory: Bytes(1 << 20),
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
+        weight_peers: Vec::new(),
     }
 }
 
