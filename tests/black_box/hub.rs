@@ -9,7 +9,11 @@ const REPO: &str = "tiny-models/tiny-llama";
 fn a_repository_is_fetched_once_and_served_over_two_workers() {
     let (hub, model, cache) = (FakeHub::start().unwrap(), TinyModel::new(), tempfile::tempdir().unwrap());
     hub.add_folder(REPO, &model.path()).unwrap();
-    let setup = || Setup::new(REPO, 2).environment("HF_ENDPOINT", hub.endpoint()).environment("HF_HOME", cache.path());
+    let home = tempfile::tempdir().unwrap();
+    let setup = || {
+        let setup = Setup::new(REPO, 2).environment("HF_ENDPOINT", hub.endpoint()).environment("HF_HOME", cache.path());
+        setup.environment("MLX_CLUSTER_HOME", home.path())
+    };
     let mut cluster = setup().start();
     cluster.wait_until_ready();
     let fetched = cluster.complete(12).text().to_owned();

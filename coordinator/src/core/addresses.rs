@@ -28,8 +28,7 @@ pub(super) fn between(from: &NodeFacts, to: &NodeFacts, to_reached: &str, port: 
 
 /// Where the worker on `to` is, for the one on `from` to measure the ways there.
 pub(super) fn to_measure(from: &NodeFacts, to: &NodeFacts, to_reached: &str) -> Vec<String> {
-    let port = to.addresses.iter().find_map(|address| address.rsplit_once(':')?.1.parse().ok());
-    let mut addresses = port.map(|port| with_port(hosts_between(from, to, to_reached), port)).unwrap_or_default();
+    let mut addresses = service_port(to).map(|port| with_port(hosts_between(from, to, to_reached), port)).unwrap_or_default();
     addresses.truncate(MEASURED_MAX);
     addresses
 }
@@ -43,15 +42,14 @@ fn hosts_between(from: &NodeFacts, to: &NodeFacts, to_reached: &str) -> Vec<Stri
     hosts(to).into_iter().chain([reached]).filter(|host| !is_loopback(host)).collect()
 }
 
-/// Addresses of the service of the worker on `to`, for the worker on `from`.
-pub(super) fn of_worker(from: &NodeFacts, to: &NodeFacts, to_reached: &str) -> Vec<String> {
-    let port = [to_reached].into_iter().chain(to.addresses.iter().map(String::as_str)).find_map(port);
-    port.map(|port| between(from, to, to_reached, u32::from(port))).unwrap_or_default()
+/// Addresses of the service of the worker on `to`, for the worker on `from`, best first.
+pub(super) fn of_worker(from: &NodeFacts, to: &NodeFacts, to_reached: &str, links: &[LinkFacts]) -> Vec<String> {
+    service_port(to).map(|port| between(from, to, to_reached, port, links)).unwrap_or_default()
 }
 
-/// The port of `host:port`.
-fn port(address: &str) -> Option<u16> {
-    address.rsplit_once(':')?.1.parse().ok()
+/// Of a worker's own service, which is at the same port of all its addresses.
+fn service_port(node: &NodeFacts) -> Option<u32> {
+    node.addresses.iter().find_map(|address| address.rsplit_once(':')?.1.parse().ok())
 }
 
 /// Two nodes with exactly the same addresses are on one machine. Some in common is not enough: every Mac with the same virtual

@@ -95,11 +95,12 @@ impl Deployment {
         let planned: Vec<_> = layers.filter_map(|(node, layers)| Some((members.get(node)?, layers))).collect();
         let others = members.connected().filter(|member| !self.is_on(&member.facts.id)).map(|member| (member, 0..0));
         let all: Vec<_> = planned.iter().cloned().chain(others).collect();
+        let links = members.links();
         let peers_of = |from: &Member| {
             let peer = |(to, layers): &(&Member, std::ops::Range<u32>)| WeightPeer {
                 node: to.facts.id.clone(),
                 name: to.facts.name.clone(),
-                addresses: addresses::of_worker(&from.facts, &to.facts, &to.reached),
+                addresses: addresses::of_worker(&from.facts, &to.facts, &to.reached, &links),
                 layers: layers.clone(),
             };
             all.iter().map(peer).collect::<Vec<_>>()
