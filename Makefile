@@ -1,5 +1,5 @@
 # The commands of this project. Each one installs what it needs into this folder.
-.PHONY: build demo test bench
+.PHONY: build demo test test-net bench
 
 build: ## the binary for daily use: target/release/mlx-cluster
 	scripts/setup-mlx.sh
@@ -10,6 +10,11 @@ demo: ## one coordinator and two workers on this machine, three questions
 
 test: ## formatting, lints, all tests, parity with mlx-lm
 	scripts/test.sh
+
+test-net: ## as root on Linux: workers in network namespaces with a slow and a fast cable between them
+	cargo build --locked
+	scripts/python-env.sh
+	.venv/bin/python tests/net/links.py
 
 bench: ## speed and memory, as ratios to mlx-lm and to one worker
 	scripts/bench.sh

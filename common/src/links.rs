@@ -24,6 +24,7 @@ pub struct LinkFacts {
 pub enum Medium {
     Thunderbolt,
     Ethernet,
+    #[serde(rename = "wifi")]
     WiFi,
     Loopback,
     #[default]

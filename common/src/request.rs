@@ -72,4 +72,7 @@ pub struct EngineLoad {
     pub cache_tokens_max: u64,
     /// Median time of a hop from one engine to the next at decode, in nanoseconds, without the computing; 0 while none was measured.
     pub hop_ns: u64,
+    /// The same for the largest parts of prompts so far, which carry `prompt_hop_bytes` of activations.
+    pub prompt_hop_ns: u64,
+    pub prompt_hop_bytes: u64,
 }

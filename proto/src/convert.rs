@@ -514,6 +514,8 @@ impl From<Delivery> for wire::Delivery {
                 cache_tokens_used: load.cache_tokens_used,
                 cache_tokens_max: load.cache_tokens_max,
                 hop_ns: load.hop_ns,
+                prompt_hop_ns: load.prompt_hop_ns,
+                prompt_hop_bytes: load.prompt_hop_bytes,
             }),
         };
         Self { delivery: Some(delivery) }
@@ -555,6 +557,8 @@ impl TryFrom<wire::Delivery> for SessionEvent {
                 cache_tokens_used: load.cache_tokens_used,
                 cache_tokens_max: load.cache_tokens_max,
                 hop_ns: load.hop_ns,
+                prompt_hop_ns: load.prompt_hop_ns,
+                prompt_hop_bytes: load.prompt_hop_bytes,
             }),
             Wire::Broken(broken) => return Ok(SessionEvent::Broken { node: broken.node, message: broken.message }),
         };

@@ -6,7 +6,7 @@ use crate::{
     progress::{self, Detail},
     target::DEFAULT_URL,
 };
-use mlx_cluster_common::units::Bytes;
+use mlx_cluster_common::{links::Medium, units::Bytes};
 use serde_json::Value;
 use std::{fmt::Write, time::Duration};
 use tokio::time::timeout;
@@ -57,6 +57,7 @@ fn text(status: &Value) -> String {
         text += &format!("model {}, context {} tokens\n", shown("/model/id"), shown("/model/context_tokens"));
     }
     text += &table(status);
+    text += &ways(status);
     let addresses = status["join_addresses"].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>();
     if let Some(address) = addresses.first() {
         text += &format!("a worker that is not found joins with --join {address}\n");
@@ -80,10 +81,36 @@ fn table(status: &Value) -> String {
     if workers.is_empty() {
         return "no workers: start `mlx-cluster worker` on each Mac\n".to_owned();
     }
-    let rows: Vec<[String; 6]> = workers.iter().map(row).collect();
-    let header = ["worker", "engine", "layers", "memory used", "usable", "chip"].map(str::to_owned);
+    aligned(["worker", "engine", "layers", "memory used", "usable", "chip"], workers.iter().map(row))
+}
+
+/// The way that is taken from each worker to each other one; nothing where none was measured.
+fn ways(status: &Value) -> String {
+    let links = status["links"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut chosen = links.iter().filter(|link| link["chosen"].as_bool() == Some(true)).map(way).peekable();
+    if chosen.peek().is_none() {
+        return String::new();
+    }
+    aligned(["from", "to", "address", "interface", "round trip", "throughput"], chosen)
+}
+
+fn way(link: &Value) -> [String; 6] {
+    let medium: Medium = serde_json::from_value(link["medium"].clone()).unwrap_or_default();
+    let number = |key: &str| link[key].as_f64().unwrap_or(0.0);
+    [
+        plain(&link["from"]),
+        plain(&link["to"]),
+        plain(&link["address"]),
+        format!("{} ({medium})", plain(&link["interface"])),
+        format!("{:.2} ms", number("round_trip_seconds") * 1e3),
+        format!("{:.0} Mbit/s", number("bytes_per_second") * 8.0 / 1e6),
+    ]
+}
+
+fn aligned(header: [&str; 6], rows: impl Iterator<Item = [String; 6]>) -> String {
+    let rows: Vec<_> = std::iter::once(header.map(str::to_owned)).chain(rows).collect();
     let mut widths = [0; 6];
-    for row in rows.iter().chain([&header]) {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
@@ -92,7 +119,7 @@ fn table(status: &Value) -> String {
         let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         format!("  {}\n", cells.join("  ").trim_end())
     };
-    [&header].into_iter().chain(&rows).map(line).collect()
+    rows.iter().map(line).collect()
 }
 
 fn row(worker: &Value) -> [String; 6] {
@@ -134,6 +161,11 @@ mod tests {
                 {"name": "studio", "connected": true, "chip": "Apple M2 Ultra", "first_layer": 0, "last_layer": 4, "usable_memory_bytes": 48_000_000_000u64,
                  "engine": {"state": "ready", "resident_bytes": 1_200_000_000}},
                 {"name": "mini", "connected": false, "chip": "Apple M4", "engine": null}],
+            "links": [
+                {"from": "studio", "to": "mini", "address": "10.0.0.4", "interface": "en0", "medium": "thunderbolt", "chosen": true,
+                 "round_trip_seconds": 0.000214, "bytes_per_second": 1.25e9},
+                {"from": "studio", "to": "mini", "address": "192.168.1.21", "interface": "en1", "medium": "wifi", "chosen": false,
+                 "round_trip_seconds": 0.003, "bytes_per_second": 5e7}],
             "join_addresses": ["192.168.1.20:7070", "10.0.0.4:7070"],
             "load": {"tokens_per_second": 31.25, "running": 2, "waiting": 0, "cache_tokens_used": 700, "cache_tokens_max": 8192}});
         assert_eq!(
@@ -143,6 +175,8 @@ mod tests {
              \x20 worker  engine  layers  memory used  usable   chip\n\
              \x20 studio  ready   0-4     1.2 GB       48.0 GB  Apple M2 Ultra\n\
              \x20 mini    gone    -       -            -        Apple M4\n\
+             \x20 from    to    address   interface          round trip  throughput\n\
+             \x20 studio  mini  10.0.0.4  en0 (Thunderbolt)  0.21 ms     10000 Mbit/s\n\
              a worker that is not found joins with --join 192.168.1.20:7070\n\
              31.2 tokens/s, 2 requests running, 0 waiting, caches 700 of 8192 tokens\n"
         );

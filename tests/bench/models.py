@@ -51,6 +51,10 @@ CONFIGS = {
     "wide": ({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 16,
               "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
               "tie_word_embeddings": True}, None),
+    # Activations of 64 KiB a token in f32: a prompt of 64 tokens is a message of 4 MiB.
+    "very-wide": ({"model_type": "llama", "hidden_size": 16384, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 320, "rope_theta": 10000.0,
+                   "tie_word_embeddings": True}, None),
 }
 
 

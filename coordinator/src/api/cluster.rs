@@ -46,6 +46,8 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
             "cache_tokens_used": load.cache_tokens_used,
             "cache_tokens_max": load.cache_tokens_max,
             "hop_ns": load.hop_ns,
+            "prompt_hop_ns": load.prompt_hop_ns,
+            "prompt_hop_bytes": load.prompt_hop_bytes,
             "tokens_per_second": api.metrics.tokens_per_second(),
         },
         "join_addresses": join_addresses,

@@ -2,7 +2,7 @@
 
 use super::{
     CHANNEL, Command, Outgoing,
-    hops::Hops,
+    hops::{Hops, Load},
     pace::Pace,
     ranks::Ranks,
     relay::forward,
@@ -126,6 +126,7 @@ impl Lead {
                 self.epoch = epoch;
                 (self.output, self.others) = (output, ranks);
                 self.deliveries = None;
+                self.hops.forget();
                 self.shard.clear();
                 self.scheduler.reset(epoch);
                 self.ranks.join(join, &mut self.shard);
@@ -195,7 +196,9 @@ impl Lead {
                 let frame = wire::StepFrame::new(step, self.ranks.check(tensors::write(&activations))?);
                 drop(work);
                 self.step_ended(prompt_tokens, started);
-                self.hops.leaves(frame.number, self.scheduler.under_way() == 1, Instant::now());
+                let bytes = frame.activations.iter().map(|tensor| tensor.data.len() as u64).sum();
+                let load = if prompt_tokens > 0 { Load::Prompt { bytes } } else { Load::Decode };
+                self.hops.leaves(frame.number, load, self.scheduler.under_way() == 1, Instant::now());
                 let output = self.output.as_ref().ok_or("the next stage is not connected")?;
                 output.blocking_send(Outgoing::Step(frame)).map_err(|_| "the connection to the next stage is gone".to_owned())?;
                 Ok(None)
@@ -245,7 +248,7 @@ impl Lead {
     }
 
     fn publish(&self) {
-        let load = EngineLoad { hop_ns: self.hops.median_ns(), ..self.scheduler.load() };
+        let load = self.hops.measured(self.scheduler.load());
         let under_way = self.scheduler.under_way();
         self.pulse.send_replace(Pulse { load, progress: self.progress, under_way });
     }

@@ -132,7 +132,7 @@ impl BatchScheduler {
             waiting: self.waiting.len() as u32,
             cache_tokens_used: self.cache_tokens_reserved,
             cache_tokens_max: self.limits.cache_tokens,
-            hop_ns: 0,
+            ..Default::default()
         }
     }
 

@@ -224,7 +224,7 @@ pub(super) fn ready() -> ClusterStatus {
         instance: InstanceState::Ready,
         plan: None,
         workers: Vec::new(),
-        load: EngineLoad { running: 2, waiting: 1, cache_tokens_used: 25, cache_tokens_max: 100, hop_ns: 0 },
+        load: EngineLoad { running: 2, waiting: 1, cache_tokens_used: 25, cache_tokens_max: 100, ..Default::default() },
         join_addresses: vec!["10.0.0.1:7000".into()],
     }
 }

@@ -13,18 +13,21 @@ use tokio_stream::wrappers::ReceiverStream;
 const CONNECT_DEADLINE: Duration = Duration::from_millis(700);
 const DEADLINE: Duration = Duration::from_secs(3);
 const SMALL_BYTES: usize = 16;
-const WARM_UPS: usize = 5;
-const ROUND_TRIPS: usize = 21;
+/// Before a small message, about as long as a step computes: a hop finds both ends at rest, and waking them is most of its time.
+const REST: Duration = Duration::from_millis(10);
+const WARM_UPS: usize = 1;
+const ROUND_TRIPS: usize = 7;
 /// Fewer round trips will do over a way that takes long.
 const ROUND_TRIPS_MIN: usize = 3;
 const ROUND_TRIPS_WITHIN: Duration = Duration::from_millis(200);
 /// Large messages grow by a factor of 4 from the first to the last size, as long as one takes less than this.
-const LARGE_BYTES_FIRST: usize = 16 << 10;
-pub(super) const LARGE_BYTES_LAST: usize = 4 << 20;
-const GROW_WITHIN: Duration = Duration::from_millis(20);
-/// So many of the last size, unless one takes longer than this: then chance matters little.
+const LARGE_BYTES_FIRST: usize = 32 << 10;
+pub(super) const LARGE_BYTES_LAST: usize = 2 << 20;
+const GROW_WITHIN: Duration = Duration::from_millis(15);
+/// What took longer, and the last size, is sent so often, if that is soon done. The shortest counts: whatever else goes on can only make
+/// them longer.
 const LARGE_TRIPS: usize = 3;
-const REPEAT_WITHIN: Duration = Duration::from_millis(60);
+const REPEAT_WITHIN: Duration = Duration::from_millis(100);
 /// Shorter differences are no throughput but chance.
 const TRANSFER_MIN: Duration = Duration::from_micros(1);
 
@@ -83,6 +86,9 @@ async fn exchange(mut client: WorkerClient<tonic::transport::Channel>, hello: wi
     let measuring = tokio::task::spawn_blocking(move || {
         heard.blocking_recv()?;
         figures(|bytes| {
+            if bytes == SMALL_BYTES {
+                std::thread::sleep(REST);
+            }
             let frame = wire::ProbeFrame { hello: None, data: vec![0; bytes].into() };
             let sent = Instant::now();
             frames.blocking_send(frame).ok()?;
@@ -112,18 +118,25 @@ fn figures(mut trip: impl FnMut(usize) -> Option<Duration>) -> Option<Figures> {
         }
     }
     let round_trip = median(round_trips)?;
-    let mut bytes = LARGE_BYTES_FIRST;
-    let mut time = trip(bytes)?;
-    while bytes < LARGE_BYTES_LAST && time < GROW_WITHIN {
-        bytes *= 4;
-        time = trip(bytes)?;
-    }
-    let mut times = vec![time];
-    while time < REPEAT_WITHIN && times.len() < LARGE_TRIPS {
-        times.push(trip(bytes)?);
-    }
-    let transfer = median(times)?.saturating_sub(round_trip).max(TRANSFER_MIN);
+    let (bytes, time) = largest(&mut trip)?;
+    let transfer = time.saturating_sub(round_trip).max(TRANSFER_MIN);
     Some(Figures { round_trip_seconds: round_trip.as_secs_f64(), bytes_per_second: bytes as f64 / transfer.as_secs_f64() })
+}
+
+/// The largest message that does not take too long, and its time.
+fn largest(mut trip: impl FnMut(usize) -> Option<Duration>) -> Option<(usize, Duration)> {
+    let mut bytes = LARGE_BYTES_FIRST;
+    loop {
+        let (mut time, mut together, mut trips) = (Duration::MAX, Duration::ZERO, 0);
+        while trips == 0 || (time >= GROW_WITHIN || bytes == LARGE_BYTES_LAST) && trips < LARGE_TRIPS && together < REPEAT_WITHIN {
+            let next = trip(bytes)?;
+            (time, together, trips) = (time.min(next), together + next, trips + 1);
+        }
+        if time >= GROW_WITHIN || bytes == LARGE_BYTES_LAST {
+            return Some((bytes, time));
+        }
+        bytes *= 4;
+    }
 }
 
 fn median(mut times: Vec<Duration>) -> Option<Duration> {
