@@ -51,6 +51,8 @@ pub struct EngineSpec {
     pub caches: CacheOptions,
     /// What each sequence counts for against `cache_tokens`.
     pub reservation: CacheReservation,
+    /// That work at the same time, at most: the plan has room for the states of so many.
+    pub sequences: u32,
     /// All workers that may hold or fetch tensors of the model, this one too: first those of the plan, engine by engine. The same order for
     /// all engines of a plan, so that all agree who fetches what.
     pub weight_peers: Vec<WeightPeer>,

@@ -144,7 +144,7 @@ pub struct Plan {
     pub caches: CacheOptions,
     /// What each sequence counts for against `cache_tokens`.
     pub reservation: CacheReservation,
-    /// Sequences whose states are reckoned for.
+    /// Sequences that may work at the same time: states are reckoned for so many.
     pub sequences: u32,
     pub stages: Vec<Stage>,
     /// None where bandwidths were not measured.

@@ -74,6 +74,7 @@ impl From<EngineSpec> for wire::EngineSpec {
             memory_bytes: spec.memory.0,
             caches: Some(spec.caches.into()),
             reservation: Some(spec.reservation.into()),
+            sequences: spec.sequences,
             weight_peers: spec.weight_peers.into_iter().map(wire::WeightPeer::from).collect(),
             rank: spec.place.rank,
             shares: spec.place.shares,
@@ -111,6 +112,10 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
             memory: Bytes(spec.memory_bytes),
             caches: spec.caches.ok_or(WireError::Missing("caches"))?.try_into()?,
             reservation: spec.reservation.ok_or(WireError::Missing("reservation"))?.into(),
+            sequences: match spec.sequences {
+                0 => return Err(WireError::Missing("sequences")),
+                sequences => sequences,
+            },
             weight_peers: spec.weight_peers.into_iter().map(WeightPeer::from).collect(),
         })
     }
@@ -613,6 +618,7 @@ mod tests {
             memory: Bytes(7),
             caches: CacheOptions { quantization: Some(quantization), max_kv_size: Some(64) },
             reservation: CacheReservation { held_max: 64, plain_tokens: 100, plain_percent: 356 },
+            sequences: 16,
             weight_peers: vec![WeightPeer { node: "n".into(), name: "mini".into(), addresses: vec!["10.0.0.1:7".into()], layers: 3..5 }],
         };
         assert_eq!(EngineSpec::try_from(wire::EngineSpec::from(spec.clone())), Ok(spec));

@@ -82,6 +82,7 @@ impl Deployment {
                     memory: of.needed(),
                     caches: plan.caches,
                     reservation: plan.reservation,
+                    sequences: plan.sequences,
                     weight_peers: Vec::new(),
                 });
             }

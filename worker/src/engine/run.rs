@@ -136,6 +136,7 @@ fn limits(boot: &Boot, part_multiple: u32) -> Limits {
         context_tokens: spec.context_tokens,
         cache_tokens: spec.cache_tokens,
         reservation: spec.reservation,
+        sequences: spec.sequences as usize,
         prefill_tokens: PREFILL_TOKENS,
         scored_tokens: SCORED_TOKENS,
         part_multiple,

@@ -33,6 +33,8 @@ pub(super) struct Limits {
     pub(super) cache_tokens: u64,
     /// What each sequence counts for against them.
     pub(super) reservation: CacheReservation,
+    /// That the plan has room for.
+    pub(super) sequences: usize,
     /// Prompt tokens of a step, at most.
     pub(super) prefill_tokens: u32,
     /// The same for prompts whose log-probabilities are wanted: each of their tokens costs a row of logits.
@@ -233,7 +235,7 @@ impl BatchScheduler {
             let tokens_max = (prompt + u64::from(submission.params.max_tokens)).min(u64::from(self.limits.context_tokens)) as u32;
             let reserved = self.limits.reservation.of(tokens_max);
             let fits = self.cache_tokens_reserved + reserved <= self.limits.cache_tokens;
-            if !fits || self.sequences.len() >= SEQUENCES_MAX {
+            if !fits || self.sequences.len() >= self.limits.sequences.min(SEQUENCES_MAX) {
                 return;
             }
             let Some(submission) = self.waiting.pop_front() else { return };

@@ -10,6 +10,7 @@ fn limits(n_stages: u32) -> Limits {
         context_tokens: 1000,
         cache_tokens: 4000,
         reservation: CacheReservation::default(),
+        sequences: 64,
         prefill_tokens: 64,
         scored_tokens: 16,
         part_multiple: 1,
@@ -272,4 +273,14 @@ fn prompts_are_read_in_multiples_whatever_the_pace() {
         scheduler.on_result(answer(&step, 99));
     }
     assert_eq!(read.into_values().collect::<Vec<_>>(), [200, 150]);
+}
+
+#[test]
+fn no_more_sequences_work_than_the_plan_has_room_for() {
+    let mut scheduler = BatchScheduler::new(Limits { sequences: 2, ..limits(1) });
+    for sequence in 1..=3 {
+        assert_eq!(scheduler.submit(submission(sequence, 4, 4)), None);
+    }
+    scheduler.next_step().expect("work is there");
+    assert_eq!((scheduler.load().running, scheduler.load().waiting), (2, 1));
 }

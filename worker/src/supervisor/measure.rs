@@ -15,6 +15,8 @@ use tokio::{
 
 /// A measurement takes about a second; one that takes this long will not come.
 const PROBE_DEADLINE: Duration = Duration::from_secs(20);
+#[cfg(target_os = "macos")]
+const SYSCTL_DEADLINE: Duration = Duration::from_secs(2);
 /// Two workers that start together on one machine measure one after the other, since they would slow each other down.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 const OUTPUT_BYTES_SHOWN: usize = 300;
@@ -72,6 +74,23 @@ pub(crate) async fn measure(command: &Path, home: &Path, key: &str) -> Result<Me
     remember(&path, Remembered { key: key.to_owned(), measurement });
     drop(lock);
     Ok(measurement)
+}
+
+/// What the user lets the GPU take, ` wired N` in MB: Metal's recommendation follows it, so it is part of what a measurement depends on. Not run on
+/// Linux.
+#[cfg(target_os = "macos")]
+pub(crate) async fn wired_limit() -> String {
+    let sysctl = Command::new("/usr/sbin/sysctl").args(["-n", "iogpu.wired_limit_mb"]).stdin(Stdio::null()).kill_on_drop(true).output();
+    match timeout(SYSCTL_DEADLINE, sysctl).await {
+        Ok(Ok(output)) if output.status.success() => format!(" wired {}", String::from_utf8_lossy(&output.stdout).trim()),
+        // Systems without this setting have Metal's own limit, always.
+        _ => String::new(),
+    }
+}
+
+#[cfg(not(target_os = "macos"))]
+pub(crate) async fn wired_limit() -> String {
+    String::new()
 }
 
 fn recall(path: &Path, key: &str) -> Option<Measurement> {

@@ -184,7 +184,8 @@ async fn accept(service: WorkerService, weights: WeightsService, listener: TcpLi
 /// Finds out what this node is, tells the user and then the driver.
 async fn measure_node(command: PathBuf, home: PathBuf, memory_limit: Option<Bytes>, notices: Notices, requests: mpsc::Sender<Request>) {
     let machine = Machine::look();
-    let key = format!("{VERSION} {} {}", machine.chip, machine.total_memory.0);
+    let limit = measure::wired_limit().await;
+    let key = format!("{VERSION} {} {}{limit}", machine.chip, machine.total_memory.0);
     let measured = measure::measure(&command, &home, &key).await;
     let speed = match &measured {
         Ok(found) => {

@@ -18,6 +18,7 @@ fn spec(id: &str, layers_end: u32) -> EngineSpec {
         collective: mlx_cluster_common::plan::Collective::Auto,
         context_tokens: 128,
         cache_tokens: 1024,
+        sequences: 16,
         memory: Bytes(1 << 20),
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),

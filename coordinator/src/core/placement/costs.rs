@@ -14,7 +14,7 @@ const CHUNK_TOKENS: u64 = 512;
 const ENGINE_BYTES: u64 = 100_000_000;
 /// Activations are reckoned in f32, the widest that a model has.
 const ACTIVATION_BYTES: u64 = 4;
-/// Sequences at once whose states of fixed size are reckoned for.
+/// Sequences at once whose states of fixed size are reckoned for; of models with states the engines take no more.
 pub(super) const SEQUENCES: u32 = 16;
 
 /// What one part of a model takes of a machine, from which its time follows.
@@ -122,6 +122,10 @@ impl Costs {
     pub(super) fn cache_and_states(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {
         let cache = self.cache_per_token(layers).saturating_mul(cache_tokens);
         cache.saturating_add(between(&self.layer_state, layers).saturating_mul(u64::from(SEQUENCES)))
+    }
+
+    pub(super) fn has_states(&self) -> bool {
+        self.layer_state.last().is_some_and(|states| *states > 0)
     }
 
     pub(super) fn needed(&self, layers: &Range<u32>, cache_tokens: u64) -> u64 {

@@ -24,6 +24,8 @@ const WISHED_CONTEXTS: u64 = 16;
 pub(super) const COMFORTABLE: f64 = 0.9;
 /// With every node filled less than this, speed decides about the split instead of memory.
 const PLENTIFUL: f64 = 0.8;
+/// As many as an engine ever takes at once, where sequences need nothing but tokens in caches.
+const SEQUENCES_MAX: u32 = 64;
 const CONTEXT_STEP: u32 = 256;
 /// What a layer takes at decode besides reading its weights: starting kernels. It matters for small models only.
 const LAYER_SECONDS: f64 = 100e-6;
@@ -213,7 +215,7 @@ impl Planner<'_> {
             cache_tokens,
             caches: self.caches,
             reservation: self.reservation,
-            sequences: SEQUENCES,
+            sequences: if self.whole_rank().is_some_and(Costs::has_states) { SEQUENCES } else { SEQUENCES_MAX },
             stages: stages.collect::<Result<_, _>>()?,
             prediction: self.predictor().predict(&fit.layout),
             alternatives: fit.alternatives.clone(),
