@@ -36,6 +36,7 @@ fn spec(model: ModelSource) -> EngineSpec {
         collective: mlx_cluster_common::plan::Collective::Auto,
         context_tokens: 128,
         cache_tokens: 1024,
+        sequences: 16,
         memory: Bytes(1 << 20),
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
