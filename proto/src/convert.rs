@@ -369,6 +369,7 @@ impl wire::StepFrame {
             activations,
             busy_ns: 0,
             sender: String::new(),
+            farewell: false,
         }
     }
 

@@ -4,7 +4,7 @@ use super::{
     Now,
     deployment::{Blame, Deployment},
     event::{ClusterFailure, Effect, Event, Settings, Snapshot},
-    life_cycle::{ATTRIBUTION, LOAD_STALL},
+    life_cycle::{ATTRIBUTION, GROUP_ATTRIBUTION, LOAD_STALL},
     members::{Desired, Members, Wanted},
     placement::WhyNot,
     requests::Requests,
@@ -23,7 +23,7 @@ use std::{
 /// Engines answer a link, and the lead opens a session, within this.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Engines of a group answer within this: they end the step that they are in, form the group and warm up, each with a deadline of its own.
-pub const GROUP_LINK_TIMEOUT: Duration = Duration::from_secs(150);
+pub const GROUP_LINK_TIMEOUT: Duration = Duration::from_secs(290);
 /// Workers confirm within this that their engines are gone.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -209,12 +209,13 @@ impl Cluster {
         let Some(deployment) = &self.deployment else { return };
         let named = node.as_deref().and_then(|node| deployment.named(node));
         let blame = Blame { worker: named.unwrap_or_else(|| deployment.lead_name()), message };
+        let attribution = if deployment.has_groups() { GROUP_ATTRIBUTION } else { ATTRIBUTION };
         match self.phase {
             Phase::Opening { epoch: current, .. } if current == epoch => self.link_failed(blame, now, effects),
             Phase::Ready { epoch: current } if current == epoch => {
                 effects.push(Effect::CloseSession);
                 self.load = EngineLoad::default();
-                self.phase = Phase::Suspect { blame, until: now + ATTRIBUTION };
+                self.phase = Phase::Suspect { blame, until: now + attribution };
             }
             // What was still running cannot be finished.
             Phase::Draining { .. } if self.epoch == epoch => self.fail_requests(&blame, effects),

@@ -235,7 +235,11 @@ impl Deployment {
 
     /// How long engines may take to be linked.
     pub(super) fn link_timeout(&self) -> Duration {
-        if self.plan.stages.iter().any(|stage| stage.ranks.len() > 1) { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }
+        if self.has_groups() { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }
+    }
+
+    pub(super) fn has_groups(&self) -> bool {
+        self.plan.stages.iter().any(|stage| stage.ranks.len() > 1)
     }
 
     fn node_connected(&self, members: &Members, engine: u32) -> bool {

@@ -21,6 +21,8 @@ const FIT_GRACE: Duration = Duration::from_secs(5);
 pub(super) const LOAD_STALL: Duration = Duration::from_secs(300);
 /// After the session broke, workers get this long to say which engine died and of what.
 pub(super) const ATTRIBUTION: Duration = Duration::from_millis(700);
+/// The other ranks of a lead that hangs notice about when the coordinator does.
+pub(super) const GROUP_ATTRIBUTION: Duration = Duration::from_secs(3);
 /// Failed attempts to link before the coordinator gives up (first start) or has the engines replaced (later).
 const LINK_ATTEMPTS: u32 = 6;
 const LINK_PAUSE: Duration = Duration::from_millis(250);

@@ -76,7 +76,7 @@ impl Downstream {
             end = send_all(&self.steps, &self.results, self.epoch, &mut outgoing) => end,
             end = listen(&mut self.heartbeats) => Some(end),
         };
-        let Some(End { message, is_loss }) = end else { return };
+        let Some(End { message, is_loss }) = end else { return self.take_leave(outgoing).await };
         let Peer { name, .. } = self.peer;
         if let (Target::Rank(rank, group), true) = (&self.target, is_loss) {
             group.lost(*rank, &message);
@@ -84,6 +84,25 @@ impl Downstream {
         let message = format!("lost {name}: {message}");
         // The thread that takes commands lives as long as the process.
         drop(commands.send(Command::Broken { epoch: self.epoch, node: name, message }).await);
+    }
+}
+
+impl Downstream {
+    /// The epoch is over: a rank of this group gets what it has to take part in still, and hears that this engine lives on.
+    async fn take_leave(mut self, mut outgoing: mpsc::Receiver<Outgoing>) {
+        if !matches!(self.target, Target::Rank(..)) {
+            return;
+        }
+        let farewell = async {
+            while let Ok(Outgoing::Step(frame)) = outgoing.try_recv() {
+                self.steps.send(frame).await?;
+            }
+            self.steps.send(wire::StepFrame { farewell: true, ..alive_step(self.epoch) }).await?;
+            while let Some(Ok(_)) = self.heartbeats.next().await {}
+            Ok::<_, mpsc::error::SendError<_>>(())
+        };
+        // A rank that does not hear it takes this engine for lost, and ends.
+        drop(timeout(HEARTBEAT, farewell).await);
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::{
     time::interval,
 };
 use tokio_stream::StreamExt;
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 
 /// Both sides of a stream say something at least this often.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -26,6 +26,9 @@ pub(super) trait Frame: Send + 'static {
     /// The sender's worker; empty but in the first frame.
     fn sender(&self) -> &str;
 
+    /// Nothing follows, because the sender is done with the epoch; only ranks of a group need to know.
+    fn is_farewell(&self) -> bool;
+
     /// None for a frame that only says that the sender is alive.
     fn into_command(self) -> Option<Command>;
 }
@@ -35,6 +38,10 @@ impl Frame for wire::StepFrame {
 
     fn sender(&self) -> &str {
         &self.sender
+    }
+
+    fn is_farewell(&self) -> bool {
+        self.farewell
     }
 
     fn epoch(&self) -> Epoch {
@@ -51,6 +58,10 @@ impl Frame for wire::StepResult {
 
     fn sender(&self) -> &str {
         &self.sender
+    }
+
+    fn is_farewell(&self) -> bool {
+        false
     }
 
     fn epoch(&self) -> Epoch {
@@ -83,7 +94,7 @@ struct Sender {
 enum End {
     /// The sender is gone or breaks the rules.
     Lost(String),
-    /// The sender ended the stream: its epoch is over.
+    /// The sender said farewell: its epoch is over.
     Closed(String),
     /// This engine cannot go on with the sender's epoch.
     Refused(Status),
@@ -130,6 +141,7 @@ impl<F: Frame> Inbound<F> {
                 changed = self.faults.changed() => Event::State(changed.is_ok()),
             };
             match event {
+                Event::Frame(Some(Ok(frame))) if frame.is_farewell() => return End::Closed(sender.ended()),
                 Event::Frame(Some(Ok(frame))) => {
                     heard = Instant::now();
                     sender.hear(&frame);
@@ -139,15 +151,14 @@ impl<F: Frame> Inbound<F> {
                         return End::Quiet;
                     }
                 }
-                Event::Frame(Some(Err(status))) if status.code() == Code::Cancelled => return End::Closed(sender.ended()),
                 Event::Frame(Some(Err(status))) => return End::Lost(format!("lost {}: {}", sender.name, status.message())),
-                Event::Frame(None) => return End::Closed(sender.ended()),
+                Event::Frame(None) => return End::Lost(sender.ended()),
                 Event::Tick if heard.elapsed() > SILENCE_MAX => {
                     return End::Lost(format!("{} was silent for {} s", sender.name, SILENCE_MAX.as_secs()));
                 }
                 Event::Tick => {
                     if heartbeats.send(Ok(wire::Heartbeat::default())).await.is_err() {
-                        return End::Closed(format!("{} listens no more", sender.name));
+                        return End::Lost(format!("{} listens no more", sender.name));
                     }
                 }
                 Event::State(false) => return End::Refused(Status::unavailable("the engine is stopping")),

@@ -1,6 +1,7 @@
 //! This engine's seat in the tensor-parallel group of its stage: formed at the first link, used for as long as the process lives.
 
 use super::watchdog::{Watchdog, Work};
+use crate::{kernels, supervisor::COMMON_TEMPORARY_VARIABLE};
 use mlx_cluster_common::{
     engine::{EngineSpec, GroupLink},
     plan::Collective,
@@ -12,7 +13,7 @@ use mlx_cluster_lm::{
 };
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::Path,
     thread,
     time::Duration,
 };
@@ -21,9 +22,9 @@ use tokio::{net::TcpSocket, sync::oneshot};
 /// From the first link to a group.
 const FORMING: Duration = Duration::from_secs(15);
 /// Kernels are compiled and weights are touched for the first time.
-const WARM_UP: Duration = Duration::from_secs(100);
+const WARM_UP: Duration = Duration::from_secs(240);
 /// What the coordinator's call waits for at most: the end of a step of the epoch before, forming and warming up.
-pub(super) const JOINING: Duration = Duration::from_secs(140);
+pub(super) const JOINING: Duration = Duration::from_secs(280);
 /// A step that takes longer than this, on whatever stage, ends the epoch: something hangs.
 pub(super) const STEP_DEADLINE: Duration = Duration::from_secs(180);
 /// The last rank connects to the first one, and MLX waits a second after an attempt that is refused: the first one gets a head start.
@@ -118,10 +119,8 @@ impl Ranks {
         formed.map_err(|error| format!("{error}, with {}", listed(link)))?;
         drop(work);
         let _work = self.watchdog.begin("warming up", WARM_UP);
-        shard.warm_up().map_err(|error| {
-            forget_kernels();
-            format!("cannot warm up: {error}")
-        })?;
+        shard.warm_up().map_err(|error| format!("cannot warm up: {error}"))?;
+        give_kernels();
         self.formed = Some(link.incarnations.clone());
         Ok(())
     }
@@ -150,13 +149,11 @@ fn listed(link: &GroupLink) -> String {
     link.names.iter().enumerate().zip(&link.addresses).map(rank).collect::<Vec<_>>().join(", ")
 }
 
-/// Compiled kernels of a process that was killed in the middle of writing one would break every later one. Only those in a folder of this
-/// engine's own, which its hostfile is in too.
-fn forget_kernels() {
-    let (temporary, hostfile) = (std::env::temp_dir(), std::env::var_os(HOSTFILE_VARIABLE).map(PathBuf::from));
-    if hostfile.is_some_and(|hostfile| hostfile.starts_with(&temporary)) {
-        // They are made anew where they can be.
-        drop(std::fs::remove_dir_all(temporary.join("mlx")));
+/// So that the next engine need not compile them again.
+fn give_kernels() {
+    let Some(common) = std::env::var_os(COMMON_TEMPORARY_VARIABLE) else { return };
+    if let Err(error) = kernels::give(&std::env::temp_dir(), Path::new(&common)) {
+        tracing::debug!(%error, "compiled kernels are not shared");
     }
 }
 

@@ -24,6 +24,7 @@ mod tests;
 pub use error::WorkerError;
 pub use home::HomeError;
 pub use measure::Measurement;
+pub(crate) use process::COMMON_TEMPORARY_VARIABLE;
 
 use driver::{Driver, Launch, Observation, Request};
 use facts::{Facts, Machine};

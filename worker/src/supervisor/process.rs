@@ -4,7 +4,10 @@ use super::{
     lines::{Lines, Tail},
     plan::{Event, Run},
 };
-use crate::engine::boot::{Boot, BootLine};
+use crate::{
+    engine::boot::{Boot, BootLine},
+    kernels,
+};
 use mlx_cluster_common::tensor::TensorPlace;
 use mlx_cluster_lm::group::{HOSTFILE_VARIABLE, RANK_VARIABLE};
 use std::{
@@ -27,6 +30,8 @@ const BOOT_WRITE_DEADLINE: Duration = Duration::from_secs(5);
 const DRAIN_DEADLINE: Duration = Duration::from_millis(300);
 
 const TEMPORARY_VARIABLE: &str = "TMPDIR";
+/// For ranks of groups: the temporary folder that all engines of this machine share.
+pub(crate) const COMMON_TEMPORARY_VARIABLE: &str = "MLX_CLUSTER_COMMON_TMPDIR";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Control {
@@ -46,17 +51,20 @@ pub(crate) struct EngineProcess {
 }
 
 /// What MLX reads from the environment of a rank of a tensor-parallel group, `folder` being this worker's own.
-///
-/// Ranks of one machine warm up at the same time, and MLX keeps compiled CPU kernels as files under one name in the temporary folder: a rank
-/// that loads one while another still writes it would fail, so each has a temporary folder of its own.
 pub(crate) fn environment(place: &TensorPlace, run: Run, folder: &Path) -> io::Result<Vec<(&'static str, OsString)>> {
     if place.is_alone() {
         return Ok(Vec::new());
     }
     let temporary = folder.join("tmp");
     std::fs::create_dir_all(&temporary)?;
+    kernels::take(&std::env::temp_dir(), &temporary)?;
     let hostfile = temporary.join(format!("group-{}.json", run.0));
-    Ok(vec![(HOSTFILE_VARIABLE, hostfile.into()), (RANK_VARIABLE, place.rank.to_string().into()), (TEMPORARY_VARIABLE, temporary.into())])
+    Ok(vec![
+        (HOSTFILE_VARIABLE, hostfile.into()),
+        (RANK_VARIABLE, place.rank.to_string().into()),
+        (TEMPORARY_VARIABLE, temporary.into()),
+        (COMMON_TEMPORARY_VARIABLE, std::env::temp_dir().into()),
+    ])
 }
 
 /// Starts `command engine`. Its process id is known at once; everything else arrives as events.
