@@ -110,6 +110,18 @@ def carries(net: Network, cluster: Cluster, cable: str) -> str | None:
     return None if taken > TOKEN_BYTES * PROMPT_TOKENS > 10 * spared else "the activations took another way"
 
 
+def the_plan_knows(net: Network, status: dict) -> str | None:
+    """The plan was made with the faster cable in mind, and says how long a hop takes at decode."""
+    hops = [way for way in status["plan"]["prediction"]["ways"] if way["kind"] == "hop"]
+    addresses = {way["address"] for way in hops}
+    if addresses != {net.address("a", "fast"), net.address("b", "fast")}:
+        return f"planned over {addresses}"
+    predicted, measured = sum(way["seconds"] for way in hops) / len(hops), status["load"]["hop_ns"] / 1e9
+    error = predicted / measured - 1
+    print(f"  decode hop: the plan says {predicted * 1e3:.3f} ms, measured {measured * 1e3:.3f} ms ({error:+.0%})")
+    return f"{error:+.0%}" if abs(error) > WITHIN else None
+
+
 def hops_are_predicted(cluster: Cluster, names: list[str]) -> str | None:
     """Those of `names`. A message that passes in less time than it takes to wake four threads says more about the machine than about the cable."""
     for _ in range(5):
@@ -140,6 +152,7 @@ def run(report: Report, net: Network) -> None:
         report.check("the faster cable is taken", takes, net, status, "fast")
         report.check("and carries the activations", carries, net, cluster, "fast")
         report.check("hops are predicted", hops_are_predicted, cluster, ["prompt"])
+        report.check("the plan took the faster cable and knew its time", the_plan_knows, net, cluster.status())
         for machine in ("a", "b"):
             net.set_cable(machine, "fast", "down")
         status = cluster.until("ways without the fast cable", lambda status: len(status["links"]) == 2)

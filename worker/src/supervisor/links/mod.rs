@@ -15,11 +15,14 @@ use schedule::{Next, Outcome, Schedule};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 /// Whether this node's own addresses are other ones is looked at so often.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Of the second and later addresses of a neighbour, when it refuses.
+const RETRIES: usize = 3;
+const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// What decides about measuring.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -77,10 +80,20 @@ impl Surveyor {
 
     /// All ways to one neighbour.
     async fn measure(&self, peer: &Peer) -> Outcome {
-        let Ok(_turn) = self.turn.acquire().await else { return Outcome::Failed };
+        // Not waited for: whoever measures this worker would find it taken at the next address.
+        let Ok(_turn) = self.turn.try_acquire() else { return Outcome::Refused };
         let mut links = Vec::new();
         for address in &peer.addresses {
-            match probe::probe(self.local.hello(), &peer.name, address).await {
+            let mut result = probe::probe(self.local.hello(), &peer.name, address).await;
+            for _ in 0..RETRIES {
+                // It tried to measure between two addresses; nobody lets it now.
+                if links.is_empty() || !matches!(result, Err(ProbeError::Refused(_))) {
+                    break;
+                }
+                sleep(RETRY_AFTER).await;
+                result = probe::probe(self.local.hello(), &peer.name, address).await;
+            }
+            match result {
                 Ok(figures) => {
                     let exit = interface::towards(address).await;
                     tracing::debug!(neighbour = peer.name, address, ?figures, ?exit, "measured");

@@ -18,6 +18,8 @@ const RETRY_MAX: Duration = Duration::from_secs(300);
 /// A neighbour that measures somebody else is asked again after this, and up to eight times as much: two that refuse each other must not
 /// go on doing so in step.
 const TURN: Duration = Duration::from_millis(15);
+/// Two that hear of each other at once do not begin at once: the one with the higher id lets the other one go first.
+const HEAD_START: Duration = Duration::from_millis(50);
 /// Neighbours that are remembered although nobody asks for them now.
 const REMEMBERED_MAX: usize = 512;
 
@@ -68,7 +70,8 @@ impl Schedule {
             match self.all.get_mut(&peer.node).filter(|known| known.peer.addresses == peer.addresses) {
                 Some(known) => known.is_wanted = true,
                 None => {
-                    let new = Neighbour { peer: peer.clone(), is_wanted: true, links: Vec::new(), since: now, due: now, failures: 0 };
+                    let due = if self.own < peer.node { now } else { now + HEAD_START };
+                    let new = Neighbour { peer: peer.clone(), is_wanted: true, links: Vec::new(), since: now, due, failures: 0 };
                     self.all.insert(peer.node.clone(), new);
                 }
             }
@@ -156,7 +159,7 @@ mod tests {
     }
 
     fn wanting(peers: &[Peer]) -> Schedule {
-        let mut schedule = Schedule::new("own".into());
+        let mut schedule = Schedule::new("0".into());
         schedule.want(peers, s(0));
         schedule
     }
@@ -164,7 +167,7 @@ mod tests {
     #[test]
     fn new_neighbours_are_measured_at_once_and_again_after_a_while() {
         let (a, b) = (peer("a", "10.0.0.1:1"), peer("b", "10.0.0.2:1"));
-        let mut schedule = wanting(&[a.clone(), b.clone(), peer("own", "10.0.0.9:1")]);
+        let mut schedule = wanting(&[a.clone(), b.clone(), peer("0", "10.0.0.9:1")]);
         assert_eq!(schedule.next(s(0), false), Next::Measure(a.clone()));
         schedule.take(&a, Outcome::Measured(vec![link("a")]), s(0));
         assert_eq!(schedule.next(s(1), false), Next::Measure(b.clone()));
@@ -207,6 +210,13 @@ mod tests {
         }
         (0..40).for_each(|_| schedule.take(&a, Outcome::Failed, s(10)));
         assert_eq!(schedule.next(s(10), false), Next::WaitUntil(s(10) + RETRY_MAX));
+    }
+
+    #[test]
+    fn of_two_that_hear_of_each_other_one_goes_first() {
+        let mut schedule = Schedule::new("z".into());
+        schedule.want(&[peer("a", "10.0.0.1:1")], s(1));
+        assert_eq!(schedule.next(s(1), false), Next::WaitUntil(s(1) + HEAD_START));
     }
 
     #[test]
