@@ -151,7 +151,7 @@ async fn serve(
     };
     if let Some(model) = &model {
         placement::check_split(model.facts.spec.n_layers(), options.split.as_deref())?;
-        placement::check_stages(&model.facts.spec, options.stages.as_deref())?;
+        placement::check_stages(&model.facts.spec, options.stages.as_deref(), options.strategy)?;
     }
     let id = uuid::Uuid::new_v4().simple().to_string();
     let name = options.name.clone().unwrap_or_else(host_name);

@@ -54,7 +54,7 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
     /// Which workers hold which layers: `+` joins workers that split each matrix of their layers, `*2` gives one of them twice as much
-    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with_all = ["split", "strategy"])]
+    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with = "split")]
     stages: Option<Vec<ToldStage>>,
     /// What the workers of a tensor-parallel group talk over: ring (TCP), jaccl (RDMA on Thunderbolt, set up in the workers' environment), or
     /// auto: jaccl where it is set up

@@ -47,7 +47,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     split: Option<Vec<u32>>,
     /// Which workers hold which layers: `+` joins workers that split each matrix of their layers, `*2` gives one of them twice as much
-    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with_all = ["split", "strategy"])]
+    #[arg(long, value_name = "A+B:0-11,C:12-27", value_delimiter = ',', conflicts_with = "split")]
     stages: Option<Vec<ToldStage>>,
     /// What `auto` chooses for: latency, the speed of one request; throughput, of many together
     #[arg(long, value_name = "latency|throughput", default_value = "latency")]

@@ -85,7 +85,7 @@ impl<'a> Planning<'a> {
         caches.check(spec)?;
         let context = context_range(spec, options)?;
         check_split(spec.n_layers(), options.split.as_deref())?;
-        check_stages(spec, options.stages.as_deref())?;
+        check_stages(spec, options.stages.as_deref(), options.strategy)?;
         let wanted = wanted_workers(spec, options)?;
         if nodes.len() < wanted {
             return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });

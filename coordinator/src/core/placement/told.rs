@@ -1,7 +1,10 @@
 //! Layouts that the user wrote: how many layers for each worker, or which workers hold what.
 
 use super::{Candidate, WhyNot, layout::Layout, layout::LayoutStage};
-use mlx_cluster_common::{plan::ToldStage, spec::ModelSpec};
+use mlx_cluster_common::{
+    plan::{Strategy, ToldStage},
+    spec::ModelSpec,
+};
 
 /// Whether a `--split` can be right for a model, before any worker is known.
 pub fn check_split(n_layers: u32, split: Option<&[u32]>) -> Result<(), WhyNot> {
@@ -16,10 +19,18 @@ pub fn check_split(n_layers: u32, split: Option<&[u32]>) -> Result<(), WhyNot> {
     }
 }
 
-/// Whether `--stages` can be right for a model, before any worker is known.
-pub fn check_stages(spec: &ModelSpec, stages: Option<&[ToldStage]>) -> Result<(), WhyNot> {
+/// Whether `--stages` can be right for a model, before any worker is known. A strategy besides them has to be what they are.
+pub fn check_stages(spec: &ModelSpec, stages: Option<&[ToldStage]>, strategy: Strategy) -> Result<(), WhyNot> {
     let Some(stages) = stages else { return Ok(()) };
     let text = || stages.iter().map(ToldStage::to_string).collect::<Vec<_>>().join(",");
+    let is_so = match strategy {
+        Strategy::Auto => true,
+        Strategy::Pipeline => stages.iter().all(|stage| stage.ranks.len() == 1),
+        Strategy::Tensor => stages.len() == 1,
+    };
+    if !is_so {
+        return Err(WhyNot::OtherStrategy { stages: text(), strategy });
+    }
     let mut next = 0;
     for stage in stages {
         if stage.layers.start != next || stage.layers.is_empty() {

@@ -1,6 +1,6 @@
 //! Why there is no plan, with the numbers of every worker and what to try.
 
-use mlx_cluster_common::{cache::CacheError, tensor::CoverError, units::Bytes};
+use mlx_cluster_common::{cache::CacheError, plan::Strategy, tensor::CoverError, units::Bytes};
 
 /// A node and what models may use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +50,8 @@ pub enum WhyNot {
     Split { shares: Vec<u32>, cause: String },
     #[error(transparent)]
     NotCovered(#[from] CoverError),
+    #[error("--stages {stages} is not what --strategy {strategy} says: leave one of them out")]
+    OtherStrategy { stages: String, strategy: Strategy },
     #[error(transparent)]
     Caches(#[from] CacheError),
     #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
@@ -63,6 +65,7 @@ impl WhyNot {
             self,
             WhyNot::NoContext
                 | WhyNot::Caches(_)
+                | WhyNot::OtherStrategy { .. }
                 | WhyNot::ContextTooLong { .. }
                 | WhyNot::EmptyStage { .. }
                 | WhyNot::SplitSum { .. }
