@@ -135,7 +135,12 @@ fn row(worker: &Value) -> [String; 6] {
         (Some(first), Some(last)) => format!("{first}-{last}"),
         _ => "-".to_owned(),
     };
+    let part = match worker["ranks"].as_u64() {
+        Some(2..) => format!(", {}/{} of each", plain(&worker["share"]), plain(&worker["share_of"])),
+        _ => String::new(),
+    };
     let bytes = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), |bytes| Bytes(bytes).to_string());
+    let layers = layers + &part;
     [plain(&worker["name"]), state, layers, bytes(&engine["resident_bytes"]), bytes(&worker["usable_memory_bytes"]), plain(&worker["chip"])]
 }
 
@@ -152,6 +157,12 @@ fn plain(value: &Value) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_rank_is_shown_with_its_share() {
+        let worker = json!({"name": "studio", "connected": true, "first_layer": 0, "last_layer": 4, "rank": 1, "ranks": 2, "share": 1, "share_of": 3});
+        assert_eq!(row(&worker)[2], "0-4, 1/3 of each");
+    }
 
     #[test]
     fn a_status_is_one_screen() {

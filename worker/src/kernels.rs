@@ -17,7 +17,7 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// Fills the temporary folder `own` with the whole kernels of `common`, and nothing else.
 pub(crate) fn take(common: &Path, own: &Path) -> io::Result<()> {
     match fs::remove_dir_all(own.join("mlx")) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => link(common, own, SETTLED),
     }
 }

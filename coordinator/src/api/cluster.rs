@@ -87,7 +87,9 @@ fn rank_json(rank: &Rank) -> Value {
 
 fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
     let facts = &worker.facts;
-    let stage = stages.iter().find(|stage| stage.ranks.iter().any(|rank| rank.node == facts.id));
+    let places = stages.iter().flat_map(|stage| (0..).zip(&stage.ranks).map(move |(number, rank): (u32, _)| (stage, number, rank)));
+    let place = places.into_iter().find(|(_, _, rank)| rank.node == facts.id);
+    let stage = place.map(|(stage, ..)| stage);
     json!({
         "id": facts.id,
         "name": facts.name,
@@ -102,6 +104,10 @@ fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
         "matmul_flops_per_s": facts.matmul_rate,
         "first_layer": stage.map(|stage| stage.layers.start),
         "last_layer": stage.map(|stage| stage.layers.end.saturating_sub(1)),
+        "rank": place.map(|(_, number, _)| number),
+        "ranks": stage.map(|stage| stage.ranks.len()),
+        "share": place.map(|(_, _, rank)| rank.share),
+        "share_of": stage.map(|stage| stage.shares().iter().sum::<u32>()),
         "engine": worker.engine.as_ref().map(engine_json),
     })
 }
@@ -136,8 +142,9 @@ fn engine_json(engine: &EngineState) -> Value {
             json!({"state": "fetching", "file": file, "done_bytes": done, "total_bytes": total})
         }
         EngineState::Loading { done, total } => json!({"state": "loading", "done_bytes": done, "total_bytes": total}),
-        EngineState::Ready { port, incarnation, resident, .. } => {
-            json!({"state": "ready", "port": port, "incarnation": incarnation, "resident_bytes": resident})
+        EngineState::Ready { port, group_port, incarnation, resident } => {
+            let group_port = Some(group_port).filter(|port| **port > 0);
+            json!({"state": "ready", "port": port, "group_port": group_port, "incarnation": incarnation, "resident_bytes": resident})
         }
         EngineState::Failed { cause, output, retry_in_ms, lost } => {
             json!({"state": "failed", "cause": cause, "output": output, "retry_in_ms": retry_in_ms, "lost": lost})

@@ -201,7 +201,8 @@ async fn the_cluster_is_shown_whole() {
     assert_eq!(body["plan"]["stages"][0]["ranks"][0]["needed_bytes"], 55);
     let worker = &body["workers"][0];
     assert_eq!((&worker["name"], &worker["first_layer"], &worker["last_layer"]), (&json!("mini"), &json!(0), &json!(5)));
-    assert_eq!(worker["engine"], json!({"state": "ready", "port": 9, "incarnation": 3, "resident_bytes": 55}));
+    assert_eq!((&worker["rank"], &worker["ranks"], &worker["share"], &worker["share_of"]), (&json!(0), &json!(1), &json!(1), &json!(1)));
+    assert_eq!(worker["engine"], json!({"state": "ready", "port": 9, "group_port": null, "incarnation": 3, "resident_bytes": 55}));
     assert_eq!(body["load"]["cache_tokens_max"], 100);
     assert_eq!(body["join_addresses"], json!(["10.0.0.1:7000"]));
     with_state(&fake, InstanceState::WaitingForWorkers { found: 1, wanted: 3 });
