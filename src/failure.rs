@@ -1,6 +1,7 @@
 //! From a cause to an exit status: the one place. What to try next is part of every message already.
 
 use mlx_cluster_coordinator::{CoordinatorError, ErrorKind};
+use mlx_cluster_hub::{HubError, HubErrorKind};
 use mlx_cluster_worker::supervisor::WorkerError;
 use std::{fmt, io, process::ExitCode};
 
@@ -63,6 +64,14 @@ fn known_exit(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             ErrorKind::Access => Exit::Access,
             ErrorKind::Resources => Exit::Resources,
             ErrorKind::Internal => Exit::Other,
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<HubError>() {
+        return Some(match error.kind() {
+            HubErrorKind::NotFound | HubErrorKind::BadFile => Exit::BadFile,
+            HubErrorKind::Network => Exit::Network,
+            HubErrorKind::Access => Exit::Access,
+            HubErrorKind::Resources => Exit::Resources,
         });
     }
     if let Some(error) = cause.downcast_ref::<WorkerError>() {

@@ -67,7 +67,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Verb::Generate(args) => generate::run(args).await,
             Verb::Chat(args) => chat::run(args).await,
             Verb::Plan(args) => plan::run(args).await,
-            Verb::Models(args) => models::run(&args),
+            Verb::Models(args) => models::run(args).await,
             Verb::Status(args) => status::run(args).await,
             Verb::Engine(_) => Ok(()),
         }

@@ -110,6 +110,11 @@ impl Descriptions {
         Self { root: root.to_path_buf() }
     }
 
+    /// Those of the data folder `home`.
+    pub fn of_home(home: &Path) -> Self {
+        Self::new(&home.join("descriptions"))
+    }
+
     /// None for a branch or a tag, which may mean something else tomorrow.
     fn folder(&self, repo: &RepoRef) -> Option<PathBuf> {
         Some(self.root.join(format!("{}--{}", repo.owner(), repo.name())).join(repo.commit()?))

@@ -86,7 +86,7 @@ struct Hub {
     repos: BTreeMap<String, Repo>,
     faults: Vec<(String, Fault)>,
     seen: Vec<Seen>,
-    served: Served,
+    served: Arc<Mutex<Served>>,
     /// Bodies come in pieces of so many bytes with so long a pause after each.
     pace: Option<(usize, Duration)>,
 }
@@ -193,7 +193,8 @@ impl FakeHub {
 
     /// What was served so far of the content of files, and starts counting anew.
     pub fn take_served(&self) -> Served {
-        std::mem::take(&mut self.shared.lock().served)
+        let hub = self.shared.lock();
+        std::mem::take(&mut *hub.served.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// All requests so far, and starts counting anew.
@@ -358,17 +359,18 @@ impl Hub {
             Some(Fault::CutAfter(_) | Fault::IgnoreRange | Fault::OtherRange | Fault::OtherTotal) | None => {}
         }
         let total = bytes.len();
+        let served;
         let range = headers.get(header::RANGE).filter(|_| fault != Some(Fault::IgnoreRange)).and_then(|value| parse_range(value, total));
         let reply = match range {
             None => {
-                self.note_served(file, 0..total, fault);
+                served = 0..total;
                 with_headers(status(200), &[("content-length", total.to_string())])
             }
             Some(Err(())) => return with_headers(status(416), &[("content-range", format!("bytes */{total}"))]),
             Some(Ok((start, end))) => {
                 let (start, end) = if fault == Some(Fault::OtherRange) { (start + 1, total.min(end + 1)) } else { (start, end) };
                 bytes = bytes[start..end].to_vec();
-                self.note_served(file, start..end, fault);
+                served = start..end;
                 let total = if fault == Some(Fault::OtherTotal) { total + 1 } else { total };
                 let range = format!("bytes {start}-{}/{total}", end - 1);
                 with_headers(status(206), &[("content-length", bytes.len().to_string()), ("content-range", range)])
@@ -378,31 +380,42 @@ impl Hub {
             Some(Fault::CutAfter(count)) => Some(count),
             _ => None,
         };
+        let tally = Tally { file: file.to_owned(), served: self.served.clone() };
         let pace = self.pace;
         reply.map(|_| match (cut, pace) {
-            (None, Some((count, pause))) => paced(bytes, count, pause),
-            _ => body(bytes, cut),
+            (None, Some((count, pause))) => paced(bytes, served.start, count, pause, tally),
+            _ => {
+                let end = cut.map_or(served.end, |count| served.end.min(served.start + count));
+                tally.note(served.start..end);
+                body(bytes, cut)
+            }
         })
-    }
-
-    fn note_served(&mut self, file: &str, range: Range<usize>, fault: Option<Fault>) {
-        let end = match fault {
-            Some(Fault::CutAfter(count)) => range.end.min(range.start + count),
-            _ => range.end,
-        };
-        self.served.entry(file.to_owned()).or_default().push(range.start..end);
     }
 }
 
-fn paced(bytes: Vec<u8>, count: usize, pause: Duration) -> Body {
-    Body::from_stream(stream::unfold((bytes, 0), move |(bytes, at)| async move {
+/// Counts what is served of one file.
+struct Tally {
+    file: String,
+    served: Arc<Mutex<Served>>,
+}
+
+impl Tally {
+    fn note(&self, range: Range<usize>) {
+        let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.entry(self.file.clone()).or_default().push(range);
+    }
+}
+
+fn paced(bytes: Vec<u8>, first: usize, count: usize, pause: Duration, tally: Tally) -> Body {
+    Body::from_stream(stream::unfold((bytes, 0, tally), move |(bytes, at, tally)| async move {
         if at >= bytes.len() {
             return None;
         }
         tokio::time::sleep(pause).await;
         let end = bytes.len().min(at + count);
         let piece = bytes[at..end].to_vec();
-        Some((Ok::<_, io::Error>(piece), (bytes, end)))
+        tally.note(first + at..first + end);
+        Some((Ok::<_, io::Error>(piece), (bytes, end, tally)))
     }))
 }
 

@@ -6,6 +6,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod cache;
+mod cached;
 mod description;
 mod download;
 mod error;
@@ -21,6 +22,7 @@ mod settings;
 mod snapshot;
 mod store;
 
+pub use cached::{cached_models, damaged_blobs, remove_cached};
 pub use description::{Description, Descriptions, WeightFile};
 pub use error::{HubError, HubErrorKind};
 pub use headers::{TensorHeader, TensorSlot, WeightFileError, read_header};

@@ -282,7 +282,7 @@ impl Snapshot {
         }
     }
 
-    fn missing(&self, file: &str) -> HubError {
+    pub(crate) fn missing(&self, file: &str) -> HubError {
         match &self.source {
             Source::Cache { repo, settings } => not_cached(repo, settings, file),
             _ if file == CONFIG_FILE => JsonFileError::Missing { path: self.folder.join(file) }.into(),

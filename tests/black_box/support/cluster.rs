@@ -30,12 +30,13 @@ pub(crate) struct Setup {
     pub(crate) coordinator_args: Vec<String>,
     pub(crate) worker_args: Vec<String>,
     pub(crate) environment: Vec<(String, OsString)>,
+    own_homes: bool,
 }
 
 impl Setup {
     pub(crate) fn new(model: impl AsRef<Path>, n_workers: usize) -> Self {
         let model = Some(model.as_ref().into());
-        Self { model, n_workers, coordinator_args: Vec::new(), worker_args: Vec::new(), environment: Vec::new() }
+        Self { model, n_workers, coordinator_args: Vec::new(), worker_args: Vec::new(), environment: Vec::new(), own_homes: false }
     }
 
     pub(crate) fn coordinator_args(mut self, args: &[&str]) -> Self {
@@ -48,20 +49,31 @@ impl Setup {
         self
     }
 
+    /// Each worker has a data folder and a cache of its own, as on machines of their own.
+    pub(crate) fn own_homes(mut self) -> Self {
+        self.own_homes = true;
+        self
+    }
+
     pub(crate) fn environment(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.environment.push((name.to_owned(), value.into()));
         self
     }
 
-    /// Starts the processes without waiting for anything.
-    pub(crate) fn start(self) -> Cluster {
-        let mut cluster = Cluster {
+    /// Starts nothing yet.
+    pub(crate) fn idle(self) -> Cluster {
+        Cluster {
             name: format!("test-{}", Uuid::new_v4().simple()),
             http_port: free_port(),
             home: tempfile::tempdir().unwrap(),
             processes: BTreeMap::new(),
             setup: self,
-        };
+        }
+    }
+
+    /// Starts the processes without waiting for anything.
+    pub(crate) fn start(self) -> Cluster {
+        let mut cluster = self.idle();
         for i in 0..cluster.setup.n_workers {
             cluster.start_worker(&format!("worker{i}"));
         }
@@ -88,8 +100,10 @@ impl Cluster {
 
     pub(crate) fn start_worker(&mut self, name: &str) {
         let mut command = self.command(name, &["worker", "--cluster", &self.name, "--name", name, "--listen", "127.0.0.1:0"]);
-        // Shared, so that this machine is measured once for all tests.
-        command.env("MLX_CLUSTER_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers"));
+        if !self.setup.own_homes {
+            // Shared, so that this machine is measured once for all tests.
+            command.env("MLX_CLUSTER_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers"));
+        }
         command.args(&self.setup.worker_args);
         self.processes.insert(name.to_owned(), Process::start(name, &mut command));
     }

@@ -29,12 +29,17 @@ impl TinyModel {
     }
 
     pub(crate) fn with_layers(n_layers: usize) -> Self {
+        Self::with_sizes(n_layers, INTERMEDIATE_SIZE)
+    }
+
+    /// Wide layers are larger, with headers as short as ever.
+    pub(crate) fn with_sizes(n_layers: usize, intermediate_size: usize) -> Self {
         let model = Self { folder: tempfile::tempdir().unwrap(), name: "tiny".into() };
         std::fs::create_dir(model.path()).unwrap();
-        model.write_json("config.json", &config(n_layers));
+        model.write_json("config.json", &config(n_layers, intermediate_size));
         model.write_json("tokenizer.json", &tokenizer());
         model.write_json("tokenizer_config.json", &json!({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}));
-        write_weights(&model.path().join("model.safetensors"), &tensors(n_layers));
+        write_weights(&model.path().join("model.safetensors"), &tensors(n_layers, intermediate_size));
         model
     }
 
@@ -76,7 +81,7 @@ impl TinyModel {
 
     /// Rewrites the weights without, or with other, tensors.
     pub(crate) fn with_tensors(self, change: impl FnOnce(&mut BTreeMap<String, Vec<usize>>)) -> Self {
-        let mut tensors = tensors(4);
+        let mut tensors = tensors(4, INTERMEDIATE_SIZE);
         change(&mut tensors);
         write_weights(&self.path().join("model.safetensors"), &tensors);
         self
@@ -104,14 +109,14 @@ impl TinyModel {
     }
 }
 
-fn config(n_layers: usize) -> Value {
-    json!({"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": n_layers, "intermediate_size": INTERMEDIATE_SIZE,
+fn config(n_layers: usize, intermediate_size: usize) -> Value {
+    json!({"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": n_layers, "intermediate_size": intermediate_size,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCAB_SIZE, "rope_theta": 10000.0,
         "max_position_embeddings": CONTEXT_TOKENS, "tie_word_embeddings": false})
 }
 
 /// Names and shapes.
-fn tensors(n_layers: usize) -> BTreeMap<String, Vec<usize>> {
+fn tensors(n_layers: usize, intermediate_size: usize) -> BTreeMap<String, Vec<usize>> {
     let mut tensors = BTreeMap::from([
         ("model.embed_tokens.weight".to_owned(), vec![VOCAB_SIZE, HIDDEN_SIZE]),
         ("model.norm.weight".to_owned(), vec![HIDDEN_SIZE]),
@@ -124,9 +129,9 @@ fn tensors(n_layers: usize) -> BTreeMap<String, Vec<usize>> {
         ("self_attn.k_proj", vec![KV_SIZE, HIDDEN_SIZE]),
         ("self_attn.v_proj", vec![KV_SIZE, HIDDEN_SIZE]),
         ("self_attn.o_proj", vec![HIDDEN_SIZE, HIDDEN_SIZE]),
-        ("mlp.gate_proj", vec![INTERMEDIATE_SIZE, HIDDEN_SIZE]),
-        ("mlp.up_proj", vec![INTERMEDIATE_SIZE, HIDDEN_SIZE]),
-        ("mlp.down_proj", vec![HIDDEN_SIZE, INTERMEDIATE_SIZE]),
+        ("mlp.gate_proj", vec![intermediate_size, HIDDEN_SIZE]),
+        ("mlp.up_proj", vec![intermediate_size, HIDDEN_SIZE]),
+        ("mlp.down_proj", vec![HIDDEN_SIZE, intermediate_size]),
     ];
     for layer in 0..n_layers {
         tensors.extend(of_layer.iter().map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape.clone())));

@@ -46,6 +46,16 @@ pub(crate) fn models(home: &Path, number: u32) -> PathBuf {
     home.join("workers").join(number.to_string()).join("models")
 }
 
+/// Where the worker that is alone on its machine keeps the tensors of models.
+pub fn weight_store(home: &Path) -> PathBuf {
+    models(home, 1)
+}
+
+/// The weight stores of all workers that ran with this data folder, by their numbers.
+pub fn weight_stores(home: &Path) -> Vec<(u32, PathBuf)> {
+    (1..=WORKERS_MAX).map(|number| (number, models(home, number))).filter(|(_, folder)| folder.is_dir()).collect()
+}
+
 /// The lock of this file, which ends with the process; None when another process has it.
 pub(crate) fn try_lock(path: &Path) -> Result<Option<File>, HomeError> {
     let disk = |action| move |source| HomeError::Disk { action, path: path.to_path_buf(), source };

@@ -22,7 +22,7 @@ mod store;
 mod tests;
 
 pub use error::WorkerError;
-pub use home::HomeError;
+pub use home::{HomeError, weight_store, weight_stores};
 pub use measure::Measurement;
 pub(crate) use process::COMMON_TEMPORARY_VARIABLE;
 

@@ -6,12 +6,15 @@
 
 mod batch;
 mod contents;
+mod pull;
 mod ranges;
+mod verify;
 mod view;
 mod whole;
 mod writer;
 
 pub use batch::Batch;
+pub(crate) use batch::hexadecimal;
 pub use contents::{Contents, Held};
 pub use ranges::TensorRanges;
 pub use writer::{BatchWriter, Damaged};
@@ -160,7 +163,7 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-fn folders(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn folders(folder: &Path) -> Vec<PathBuf> {
     entries(folder).into_iter().filter(|path| path.is_dir()).collect()
 }
 

@@ -1,19 +1,12 @@
 //! Published files of which every tensor is here are compared with the SHA-256 that the hub gives for the whole.
 
-use super::{Contents, DIGESTS, Digest, ModelStore, batch::hexadecimal};
+use super::{Contents, DIGESTS, Digest, ModelStore, batch::hexadecimal, verify::read};
 use crate::{
     description::{Description, WeightFile, write_whole},
     error::HubError,
 };
 use sha2::{Digest as _, Sha256};
-use std::{
-    collections::BTreeSet,
-    fs::{self, File},
-    io::{self, Read, Seek, SeekFrom},
-    path::PathBuf,
-};
-
-const BUFFER_BYTES: u64 = 1 << 20;
+use std::{collections::BTreeSet, fs, io, path::PathBuf};
 
 impl ModelStore {
     /// Checks what became whole since the last time. A file that is not what the hub says is thrown away. Needs the lock. Blocks on the
@@ -51,18 +44,8 @@ fn whole_digest(file: &WeightFile, contents: &Contents) -> io::Result<Digest> {
     hash.update(&file.head);
     let mut slots: Vec<_> = file.header.tensors.iter().collect();
     slots.sort_by_key(|(_, slot)| slot.offset);
-    let mut buffer = Vec::new();
     for (name, _) in slots {
-        let held = &contents.tensors[name];
-        let mut data = File::open(&held.path)?;
-        data.seek(SeekFrom::Start(held.offset))?;
-        let mut left = held.bytes;
-        while left > 0 {
-            buffer.resize(left.min(BUFFER_BYTES) as usize, 0);
-            data.read_exact(&mut buffer)?;
-            hash.update(&buffer);
-            left -= buffer.len() as u64;
-        }
+        read(&contents.tensors[name], |data| hash.update(data))?;
     }
     Ok(hash.finalize().into())
 }

@@ -1,35 +1,18 @@
-//! `mlx-cluster models`: what can be run.
+//! `mlx-cluster models supported`: what can be run.
 
 use mlx_cluster_common::architectures::{Architecture, architectures};
 use std::fmt::Write;
 
-/// What is known about models.
-#[derive(clap::Args)]
-#[command(after_help = "\
-Example:
-  mlx-cluster models supported")]
-pub(crate) struct ModelsArgs {
-    #[command(subcommand)]
-    verb: ModelsVerb,
-}
-
-#[derive(clap::Subcommand)]
-enum ModelsVerb {
-    Supported(SupportedArgs),
-}
-
 /// List every model_type of config.json that can be run, by family, and what is special about each.
 #[derive(clap::Args)]
-struct SupportedArgs {
+pub(super) struct SupportedArgs {
     /// One JSON object a line: model_type, family, special
     #[arg(long)]
     json: bool,
 }
 
-pub(crate) fn run(args: &ModelsArgs) -> anyhow::Result<()> {
-    let ModelsVerb::Supported(SupportedArgs { json }) = &args.verb;
-    print!("{}", if *json { as_json() } else { as_table() });
-    Ok(())
+pub(super) fn run(args: &SupportedArgs) {
+    print!("{}", if args.json { as_json() } else { as_table() });
 }
 
 fn as_json() -> String {
