@@ -48,7 +48,7 @@ enum Source {
     /// The cache alone, because HF_HUB_OFFLINE forbids more or the hub is out of reach.
     Cache {
         repo: RepoRef,
-        settings: HubSettings,
+        settings: Box<HubSettings>,
     },
     Hub(Box<HubSource>),
 }
@@ -254,14 +254,14 @@ impl Snapshot {
         let Some((folder, commit)) = folder.filter(|(folder, _)| folder.is_dir()) else {
             return Err(not_cached(repo, settings, CONFIG_FILE));
         };
-        let source = Source::Cache { repo: repo.clone(), settings: settings.clone() };
+        let source = Source::Cache { repo: repo.clone(), settings: Box::new(settings.clone()) };
         Ok(Self { model: ModelRef::Repo(repo.at_commit(&commit)), folder, source })
     }
 
     /// `self` without the hub, if nothing is missing; otherwise `reason`, for which the hub cannot be used.
     async fn fall_back_to_cache(self, reason: HubError) -> Result<Self, HubError> {
         let source = match self.source {
-            Source::Hub(hub) => Source::Cache { repo: hub.remote.repo, settings: hub.remote.settings },
+            Source::Hub(hub) => Source::Cache { repo: hub.remote.repo, settings: Box::new(hub.remote.settings) },
             source => source,
         };
         let cached = Self { source, ..self };

@@ -61,7 +61,7 @@ enum Source {
 struct PeerState {
     /// Its place in the list that all workers of the plan share.
     number: usize,
-    client: PeerClient,
+    client: Arc<PeerClient>,
     inventory: Option<Inventory>,
     held: BTreeSet<String>,
     /// When it last got further, or when we began to wait for it.
@@ -151,7 +151,7 @@ impl Fetching {
         };
         let state = |(number, client): (usize, PeerClient)| PeerState {
             number,
-            client,
+            client: Arc::new(client),
             inventory: None,
             held: BTreeSet::new(),
             moved: now,
@@ -343,7 +343,7 @@ impl Fetching {
     fn start(&mut self, source: Source, writer: BatchWriter) {
         let from = match source {
             Source::Hub => self.hub.clone().map(From::Hub),
-            Source::Peer(index) => self.peers.get(index).map(|peer| From::Peer(peer.client.clone())),
+            Source::Peer(index) => self.peers.get(index).map(|peer| From::Peer(Arc::clone(&peer.client))),
             Source::Later => None,
         };
         let Some(from) = from else { return };
@@ -422,7 +422,7 @@ struct Job {
 
 enum From {
     Hub(Arc<Snapshot>),
-    Peer(PeerClient),
+    Peer(Arc<PeerClient>),
 }
 
 impl Job {
@@ -472,7 +472,7 @@ impl Job {
 }
 
 /// Asks a worker again and again what it has; tells None when it does not answer.
-async fn watch(index: usize, client: PeerClient, heard: mpsc::Sender<(usize, Option<Inventory>)>) {
+async fn watch(index: usize, client: Arc<PeerClient>, heard: mpsc::Sender<(usize, Option<Inventory>)>) {
     let mut connection = None;
     loop {
         if connection.is_none() {
