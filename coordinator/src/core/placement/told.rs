@@ -24,9 +24,9 @@ pub fn check_stages(spec: &ModelSpec, stages: Option<&[ToldStage]>, strategy: St
     let Some(stages) = stages else { return Ok(()) };
     let text = || stages.iter().map(ToldStage::to_string).collect::<Vec<_>>().join(",");
     let is_so = match strategy {
-        Strategy::Auto => true,
-        Strategy::Pipeline => stages.iter().all(|stage| stage.ranks.len() == 1),
-        Strategy::Tensor => stages.len() == 1,
+        // A stage of a pipeline may be a group.
+        Strategy::Auto | Strategy::Pipeline => true,
+        Strategy::Tensor => stages.iter().any(|stage| stage.ranks.len() > 1),
     };
     if !is_so {
         return Err(WhyNot::OtherStrategy { stages: text(), strategy });
