@@ -5,7 +5,7 @@ use crate::{
         template::{ChatTemplate, TemplateError},
         tokenizer::{ChatTokenizer, TokenizerError},
     },
-    core::event::ServedFacts,
+    core::{event::ServedFacts, placement::Reckoned},
     serving::ServedModel,
 };
 use mlx_cluster_common::{
@@ -101,7 +101,7 @@ async fn facts(name: &str, snapshot: &Snapshot) -> Result<ServedFacts, ModelErro
     let path = snapshot.folder().join("config.json");
     let config = tokio::fs::read(&path).await.map_err(|source| ModelError::Read { path, source })?;
     let fingerprint = index.fingerprint(&config);
-    Ok(ServedFacts { name: name.to_owned(), source: source(snapshot.model()), spec, weights, fingerprint })
+    Ok(ServedFacts { name: name.to_owned(), source: source(snapshot.model()), spec, weights, fingerprint, reckoned: Reckoned::default() })
 }
 
 /// What to tell workers: a folder by its whole path, a repository at its commit.

@@ -1,6 +1,6 @@
 //! What the coordinator's core is told, what it asks for, and how it can end.
 
-use super::placement::WhyNot;
+use super::placement::{Reckoned, WhyNot};
 use crate::serving::{Admitted, RequestEvent};
 use mlx_cluster_common::{
     cache::CacheOptions,
@@ -22,6 +22,8 @@ pub struct ServedFacts {
     pub spec: ModelSpec,
     pub weights: WeightMap,
     pub fingerprint: u64,
+    /// What the planner reckoned before.
+    pub reckoned: Reckoned,
 }
 
 /// What the coordinator was started with.

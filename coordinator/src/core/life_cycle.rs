@@ -143,7 +143,14 @@ impl Cluster {
         }
         let Some(model) = self.settings.model.clone() else { return false };
         let nodes: Vec<NodeFacts> = self.members.connected().map(|member| member.facts.clone()).collect();
-        match placement::plan(&model.spec, &model.weights, &nodes, &self.members.links(), &self.plan_options(&model.name)) {
+        match placement::plan_again(
+            &model.reckoned,
+            &model.spec,
+            &model.weights,
+            &nodes,
+            &self.members.links(),
+            &self.plan_options(&model.name),
+        ) {
             Ok(plan) => {
                 self.generation += 1;
                 self.refusal = None;

@@ -30,7 +30,7 @@ pub(crate) const fn ms(ms: u64) -> Duration {
 pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
     let (spec, weights) = model(6, 64, true);
     let source = ModelSource::Folder("/model".into());
-    let facts = ServedFacts { name: "test".into(), source, spec, weights, fingerprint: 7 };
+    let facts = ServedFacts { name: "test".into(), source, spec, weights, fingerprint: 7, reckoned: Default::default() };
     Settings {
         cluster: "test".into(),
         run: "run".into(),

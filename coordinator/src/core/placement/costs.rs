@@ -40,6 +40,7 @@ pub(super) struct Costs {
     layer_cache: Vec<u64>,
     /// For each layer the one whose cache it reads; a stage keeps a copy of those of earlier stages.
     cache_sources: Vec<Option<u32>>,
+    shares_caches: bool,
     /// What a sequence takes however long it is.
     layer_state: Vec<u64>,
     /// Weight bytes that are read to decode one token: of the experts, only those chosen.
@@ -83,6 +84,7 @@ impl Costs {
         Self {
             layer_weights,
             layer_cache,
+            shares_caches: spec.layers.iter().any(|layer| layer.mixer.source_layer().is_some()),
             cache_sources: spec.layers.iter().map(|layer| layer.mixer.source_layer()).collect(),
             layer_state,
             layer_read,
@@ -107,6 +109,9 @@ impl Costs {
     }
 
     pub(super) fn cache_per_token(&self, layers: &Range<u32>) -> u64 {
+        if !self.shares_caches {
+            return between(&self.layer_cache, layers);
+        }
         let readers = self.cache_sources.get(layers.start as usize..layers.end as usize).unwrap_or_default();
         let copied: BTreeSet<u32> = readers.iter().flatten().copied().filter(|source| *source < layers.start).collect();
         let copies: u64 = copied.into_iter().map(|source| between(&self.layer_cache, &(source..source + 1))).sum();

@@ -1,6 +1,6 @@
 //! Which nodes would hold what, before it is a plan: stages of ranks, and the bytes of each.
 
-use super::{Candidate, WhyNot, costs::Costs};
+use super::{Candidate, Reckoned, WhyNot, costs::Costs};
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     plan::ToldStage,
@@ -8,7 +8,7 @@ use mlx_cluster_common::{
     tensor::{TensorPlace, rank_model},
     weights::WeightMap,
 };
-use std::{cell::RefCell, collections::BTreeMap, fmt, ops::Range, rc::Rc};
+use std::{fmt, ops::Range, sync::Arc};
 
 /// Stages in the order of the computation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub(super) struct Sizes<'a> {
     spec: &'a ModelSpec,
     map: &'a WeightMap,
     caches: CacheOptions,
-    groups: RefCell<BTreeMap<Vec<u32>, Rc<Group>>>,
+    reckoned: &'a Reckoned,
 }
 
 /// What the ranks of a group hold, and how often they exchange.
@@ -102,24 +102,31 @@ impl Layout {
 }
 
 impl<'a> Sizes<'a> {
-    pub(super) fn new(spec: &'a ModelSpec, map: &'a WeightMap, caches: CacheOptions) -> Self {
-        Self { spec, map, caches, groups: RefCell::new(BTreeMap::new()) }
-    }
-
-    pub(super) fn caches(&self) -> CacheOptions {
-        self.caches
+    pub(super) fn new(spec: &'a ModelSpec, map: &'a WeightMap, caches: CacheOptions, reckoned: &'a Reckoned) -> Self {
+        reckoned.with_caches(caches);
+        Self { spec, map, caches, reckoned }
     }
 
     /// What each rank of a group with these shares holds.
-    pub(super) fn group(&self, shares: &[u32]) -> Result<Rc<Group>, WhyNot> {
-        if let Some(group) = self.groups.borrow().get(shares) {
-            return Ok(Rc::clone(group));
+    pub(super) fn group(&self, shares: &[u32]) -> Result<Arc<Group>, WhyNot> {
+        self.ranks(shares, shares.len() as u32)
+    }
+
+    /// Of a group of `n` equal ranks only the first one, which has the most.
+    pub(super) fn first_of(&self, n: usize) -> Result<Arc<Group>, WhyNot> {
+        self.ranks(&vec![1; n], 1)
+    }
+
+    fn ranks(&self, shares: &[u32], wanted: u32) -> Result<Arc<Group>, WhyNot> {
+        let first_only = wanted < shares.len() as u32;
+        if let Some(group) = self.reckoned.group(shares, first_only) {
+            return Ok(group);
         }
-        let group = Rc::new(match shares {
+        let group = Arc::new(match shares {
             [_] => self.alone(),
-            _ => self.split(shares)?,
+            _ => self.split(shares, wanted)?,
         });
-        self.groups.borrow_mut().insert(shares.to_vec(), Rc::clone(&group));
+        self.reckoned.keep_group(shares, first_only, &group);
         Ok(group)
     }
 
@@ -128,9 +135,9 @@ impl<'a> Sizes<'a> {
         Group { ranks, sums: vec![0; self.spec.layers.len()], embedding_sums: 0, head_gathers: 0 }
     }
 
-    fn split(&self, shares: &[u32]) -> Result<Group, WhyNot> {
+    fn split(&self, shares: &[u32], wanted: u32) -> Result<Group, WhyNot> {
         let mut group = Group { ranks: Vec::new(), sums: Vec::new(), embedding_sums: 0, head_gathers: 0 };
-        for rank in 0..shares.len() as u32 {
+        for rank in 0..wanted {
             let place = TensorPlace { rank, shares: shares.to_vec() };
             let model = rank_model(self.spec, self.map, &place)
                 .map_err(|cause| WhyNot::Split { shares: shares.to_vec(), cause: cause.to_string() })?;

@@ -7,6 +7,7 @@ mod machines;
 mod planner;
 mod predict;
 mod predicted;
+mod reckoned;
 mod search;
 mod split;
 mod steadiest;
@@ -20,6 +21,7 @@ mod search_tests;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use reckoned::Reckoned;
 pub use told::{check_split, check_stages};
 pub use why_not::{NodeMemory, WhyNot};
 
@@ -60,57 +62,51 @@ pub struct PlanOptions {
     pub min_workers: usize,
 }
 
-/// One model as it may be planned again and again: what was reckoned about its ranks is kept.
-pub struct Planning<'a> {
-    spec: &'a ModelSpec,
-    map: &'a WeightMap,
-    sizes: Sizes<'a>,
-}
-
 /// Decides which node holds which layers, or says with numbers why it cannot be. `links` are ways as measured; a usual one is assumed where
 /// none is given.
 pub fn plan(spec: &ModelSpec, map: &WeightMap, nodes: &[NodeFacts], links: &[LinkFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
-    Planning::new(spec, map, options.caches).plan(nodes, links, options)
+    plan_again(&Reckoned::default(), spec, map, nodes, links, options)
 }
 
-impl<'a> Planning<'a> {
-    pub fn new(spec: &'a ModelSpec, map: &'a WeightMap, caches: CacheOptions) -> Self {
-        Self { spec, map, sizes: Sizes::new(spec, map, caches) }
+/// The same plan as [`plan`] makes, sooner when something was reckoned about the same model before.
+pub fn plan_again(
+    reckoned: &Reckoned,
+    spec: &ModelSpec,
+    map: &WeightMap,
+    nodes: &[NodeFacts],
+    links: &[LinkFacts],
+    options: &PlanOptions,
+) -> Result<Plan, WhyNot> {
+    let caches = options.caches;
+    caches.check(spec)?;
+    let context = context_range(spec, options)?;
+    check_split(spec.n_layers(), options.split.as_deref())?;
+    check_stages(spec, options.stages.as_deref(), options.strategy)?;
+    let wanted = wanted_workers(spec, options)?;
+    if nodes.len() < wanted {
+        return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
     }
-
-    /// As [`plan`]; the caches are those that this was made for.
-    pub fn plan(&self, nodes: &[NodeFacts], links: &[LinkFacts], options: &PlanOptions) -> Result<Plan, WhyNot> {
-        let Self { spec, map, sizes } = self;
-        let caches = sizes.caches();
-        caches.check(spec)?;
-        let context = context_range(spec, options)?;
-        check_split(spec.n_layers(), options.split.as_deref())?;
-        check_stages(spec, options.stages.as_deref(), options.strategy)?;
-        let wanted = wanted_workers(spec, options)?;
-        if nodes.len() < wanted {
-            return Err(WhyNot::TooFewNodes { found: nodes.len(), wanted });
-        }
-        let nodes = by_capability(nodes);
-        let planner = Planner {
-            spec,
-            whole: sizes.group(&[1])?,
-            sizes,
-            caches,
-            ways: Ways::new(&nodes, links),
-            number_bytes: costs::activation_dtype(map).size() as f64,
-            plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
-            reservation: caches.reservation(spec, costs::activation_dtype(map)),
-            nodes,
-            n_layers: spec.n_layers(),
-            min_workers: options.min_workers.max(1),
-            context,
-            options,
-        };
-        let fit = planner.fit()?;
-        let plan = planner.plan(&fit)?;
-        check_whole(spec, map, &plan)?;
-        Ok(plan)
-    }
+    let sizes = Sizes::new(spec, map, caches, reckoned);
+    let nodes = by_capability(nodes);
+    let planner = Planner {
+        spec,
+        whole: sizes.group(&[1])?,
+        sizes: &sizes,
+        caches,
+        ways: Ways::new(&nodes, links),
+        number_bytes: costs::activation_dtype(map).size() as f64,
+        plain_cache: CacheOptions::default().bytes_per_token(spec, 0..spec.n_layers(), costs::activation_dtype(map)),
+        reservation: caches.reservation(spec, costs::activation_dtype(map)),
+        nodes,
+        n_layers: spec.n_layers(),
+        min_workers: options.min_workers.max(1),
+        context,
+        options,
+    };
+    let fit = planner.fit()?;
+    let plan = planner.plan(&fit)?;
+    check_whole(spec, map, &plan, reckoned)?;
+    Ok(plan)
 }
 
 /// Workers without which no plan is possible.
@@ -170,7 +166,7 @@ fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
 
 /// Proves that the stages hold every part once, and the ranks of a stage every entry of its parameters: layer ranges without gap or overlap, a
 /// tied embedding on both ends, each node named once.
-fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan) -> Result<(), WhyNot> {
+fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan, reckoned: &Reckoned) -> Result<(), WhyNot> {
     let mut held: BTreeMap<Part, usize> = BTreeMap::new();
     let mut next = 0;
     for stage in &plan.stages {
@@ -179,8 +175,10 @@ fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan) -> Result<(), Why
         }
         next = stage.layers.end;
         let parts = spec.parts_of(stage.layers.clone());
-        if stage.ranks.len() > 1 {
-            tensor::check_cover(spec, map, &parts, &stage.shares())?;
+        let shares = stage.shares();
+        if shares.len() > 1 && !reckoned.is_covered(&shares, &stage.layers) {
+            tensor::check_cover(spec, map, &parts, &shares)?;
+            reckoned.keep_covered(&shares, &stage.layers);
         }
         parts.into_iter().for_each(|part| *held.entry(part).or_default() += 1);
     }

@@ -16,7 +16,7 @@ use mlx_cluster_common::{
     spec::ModelSpec,
     units::Bytes,
 };
-use std::{ops::Range, rc::Rc};
+use std::{ops::Range, sync::Arc};
 
 /// Caches are made for this many full contexts where memory allows.
 const WISHED_CONTEXTS: u64 = 16;
@@ -43,7 +43,7 @@ pub(super) struct Planner<'a> {
     pub(super) spec: &'a ModelSpec,
     pub(super) sizes: &'a Sizes<'a>,
     pub(super) caches: CacheOptions,
-    pub(super) whole: Rc<Group>,
+    pub(super) whole: Arc<Group>,
     pub(super) ways: Ways,
     /// Of a number of the activations.
     pub(super) number_bytes: f64,

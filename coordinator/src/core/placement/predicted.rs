@@ -54,19 +54,27 @@ impl Planner<'_> {
         let most = self.nodes.len().min(EXACT_NODES);
         let search = Search::new(&predictor, fill, most)?;
         let places: Vec<usize> = (0..most).collect();
-        let mut layouts = exact(&search, &predictor, &places, self.options.optimize);
+        let mut found = exact(&search, &predictor, &places, self.options.optimize);
+        found.retain(|(_, layout)| layout.n_nodes() >= self.min_workers);
+        let (mut layouts, rest) = worth_a_look(found);
         if self.nodes.len() > EXACT_NODES {
-            layouts.extend(search.chained(self.nodes.len()));
+            layouts.extend(search.chained(self.nodes.len()).into_iter().filter(|layout| layout.n_nodes() >= self.min_workers));
         }
+        let candidates = self.as_they_are(&predictor, layouts, context_tokens);
+        // What was interpolated may not fit as it is.
+        Ok(if candidates.is_empty() { self.as_they_are(&predictor, rest, context_tokens) } else { candidates })
+    }
+
+    fn as_they_are(&self, predictor: &Predictor<'_>, layouts: Vec<Layout>, context_tokens: u32) -> Vec<Predicted> {
+        let context = context_tokens..context_tokens;
         let mut candidates: Vec<Predicted> = Vec::new();
         for layout in layouts {
-            let enough = layout.n_nodes() >= self.min_workers && !candidates.iter().any(|other| other.layout == layout);
-            let fits = || self.sizes.longest_context(&layout, &self.nodes, &self.reservation, &(context_tokens..context_tokens));
-            if enough && matches!(fits(), Ok(Some(_))) {
+            let fits = || self.sizes.longest_context(&layout, &self.nodes, &self.reservation, &context);
+            if !candidates.iter().any(|other| other.layout == layout) && matches!(fits(), Ok(Some(_))) {
                 candidates.extend(predictor.predict(&layout).map(|prediction| Predicted { layout, prediction }));
             }
         }
-        Ok(candidates)
+        candidates
     }
 
     /// As few workers as get within a few per cent of the best.
@@ -179,28 +187,48 @@ impl Planner<'_> {
     }
 }
 
-/// The best layouts over up to eight nodes: of every kind for each number of workers or stages.
-fn exact(search: &Search<'_>, predictor: &Predictor<'_>, places: &[usize], optimize: Optimize) -> Vec<Layout> {
-    let mut layouts: Vec<Layout> = Vec::new();
+/// Those that are the best of their kind, or faster than all with fewer workers; and the others.
+fn worth_a_look(mut found: Vec<(f64, Layout)>) -> (Vec<Layout>, Vec<Layout>) {
+    let key = |(seconds, layout): &(f64, Layout)| (layout.n_nodes(), *seconds);
+    found.sort_by(|a, b| key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal));
+    let mut of_kind: BTreeMap<Kind, f64> = BTreeMap::new();
+    for (seconds, layout) in &found {
+        let best = of_kind.entry(layout.kind()).or_insert(*seconds);
+        *best = best.min(*seconds);
+    }
+    let mut fastest = f64::INFINITY;
+    let (good, rest): (Vec<_>, Vec<_>) = found.into_iter().partition(|(seconds, layout)| {
+        let is_faster = *seconds < fastest;
+        fastest = fastest.min(*seconds);
+        is_faster || of_kind.get(&layout.kind()) == Some(seconds)
+    });
+    let layouts = |found: Vec<(f64, Layout)>| found.into_iter().map(|(_, layout)| layout).collect();
+    (layouts(good), layouts(rest))
+}
+
+/// The best layouts over up to eight nodes, of every kind for each number of workers or stages, with the seconds of a token as interpolated.
+fn exact(search: &Search<'_>, predictor: &Predictor<'_>, places: &[usize], optimize: Optimize) -> Vec<(f64, Layout)> {
+    let mut layouts: Vec<(f64, Layout)> = Vec::new();
     let alone = |pieces: Vec<super::search::Piece>| pieces.into_iter().filter(|piece| !piece.is_group()).collect::<Vec<_>>();
     let pieces = search.pieces(places, Step::decode(1.0));
-    layouts.extend(
-        pieces
-            .iter()
-            .filter(|piece| piece.earliest(search.n_layers) == 0)
-            .map(|piece| Layout { stages: vec![piece.stage(0..search.n_layers)] }),
-    );
+    let whole = 0..search.n_layers;
+    for size in 1..=places.len() {
+        let fitting = pieces.iter().filter(|piece| piece.nodes.len() == size && piece.earliest(whole.end) == 0);
+        let best = fitting.min_by(|a, b| a.seconds(&whole).total_cmp(&b.seconds(&whole)));
+        layouts.extend(best.map(|piece| (piece.seconds(&whole), Layout { stages: vec![piece.stage(whole.clone())] })));
+    }
     match optimize {
         Optimize::Latency => {
-            layouts.extend(fastest(search, &pieces, places).into_values().map(|(_, layout)| layout));
-            layouts.extend(fastest(search, &alone(pieces), places).into_values().map(|(_, layout)| layout));
+            layouts.extend(fastest(search, &pieces, places, WORTH_IT).into_values());
+            layouts.extend(fastest(search, &alone(pieces), places, f64::INFINITY).into_values());
         }
         Optimize::Throughput => {
             for n_stages in 1..=places.len().min(search.n_layers as usize) {
                 let tokens = f64::from(predictor.requests).max(1.0) / n_stages as f64;
                 let pieces = search.pieces(places, Step::decode(tokens.ceil()));
-                layouts.extend(steadiest(search, &pieces, places.len(), n_stages));
-                layouts.extend(steadiest(search, &alone(pieces), places.len(), n_stages));
+                let token = |(slowest, layout): (f64, Layout)| (slowest * n_stages as f64 / f64::from(predictor.requests.max(1)), layout);
+                layouts.extend(steadiest(search, &pieces, places.len(), n_stages).map(token));
+                layouts.extend(steadiest(search, &alone(pieces), places.len(), n_stages).map(token));
             }
         }
     }

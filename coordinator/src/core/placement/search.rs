@@ -11,7 +11,7 @@ use super::{
     split,
     told::{cut_is_free, reduced},
 };
-use std::{collections::BTreeMap, ops::Range, rc::Rc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 /// Nodes over which the search is exact.
 pub(super) const EXACT_NODES: usize = 8;
@@ -40,7 +40,7 @@ pub(super) struct Search<'a> {
 
 /// Rank 0 of a group of equal ranks, and its bytes with the caches that are wanted, by start and end.
 struct EqualGroup {
-    group: Rc<Group>,
+    group: Arc<Group>,
     needed: Vec<u64>,
 }
 
@@ -92,7 +92,7 @@ impl<'a> Search<'a> {
         let n_layers = predictor.spec.n_layers();
         let mut equal = BTreeMap::new();
         for n in 1..=most_ranks.max(1) {
-            let group = predictor.sizes.group(&vec![1; n])?;
+            let group = predictor.sizes.first_of(n)?;
             let needed = needed(group.ranks.first(), n_layers, fill.cache_tokens);
             equal.insert(n, EqualGroup { group, needed });
         }
@@ -227,6 +227,22 @@ impl<'a> Search<'a> {
         }
         chain
     }
+}
+
+/// Every set of members of `of`, the empty one last.
+pub(super) fn subsets(of: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(of), move |set| set.checked_sub(1).map(|less| less & of))
+}
+
+/// By the set of their nodes.
+pub(super) fn by_mask(pieces: &[Piece], n_places: usize) -> Vec<Option<usize>> {
+    let mut numbers = vec![None; 1 << n_places];
+    for (number, piece) in pieces.iter().enumerate() {
+        if let Some(entry) = numbers.get_mut(piece.mask) {
+            *entry = Some(number);
+        }
+    }
+    numbers
 }
 
 /// The nodes of a set, by the places in a list.

@@ -3,7 +3,7 @@
 
 use super::{
     layout::Layout,
-    search::{Piece, Search},
+    search::{Piece, Search, by_mask, subsets},
 };
 
 /// The limit is found to this part.
@@ -17,8 +17,8 @@ struct Reach {
     start: u32,
 }
 
-/// With exactly `n_stages` stages; with as few workers as the limit allows. None when it does not fit.
-pub(super) fn steadiest(search: &Search<'_>, pieces: &[Piece], n_places: usize, n_stages: usize) -> Option<Layout> {
+/// With exactly `n_stages` stages; with as few workers as the limit allows. With the seconds of the slowest stage. None when it does not fit.
+pub(super) fn steadiest(search: &Search<'_>, pieces: &[Piece], n_places: usize, n_stages: usize) -> Option<(f64, Layout)> {
     let mut best = reach(search, pieces, n_places, n_stages, f64::INFINITY)?;
     let (mut low, mut high) = (0.0f64, pieces.iter().map(|piece| piece.seconds(&(0..search.n_layers))).fold(0.0, f64::max));
     while high - low > high * PRECISION {
@@ -28,11 +28,12 @@ pub(super) fn steadiest(search: &Search<'_>, pieces: &[Piece], n_places: usize, 
             None => low = middle,
         }
     }
-    Some(best)
+    Some((high, best))
 }
 
 fn reach(search: &Search<'_>, pieces: &[Piece], n_places: usize, n_stages: usize, limit: f64) -> Option<Layout> {
     let n_masks = 1usize << n_places;
+    let numbers = by_mask(pieces, n_places);
     let mut rows: Vec<Vec<Option<Reach>>> = vec![vec![None; n_masks]];
     for stage in 0..n_stages {
         let mut row: Vec<Option<Reach>> = vec![None; n_masks];
@@ -47,7 +48,11 @@ fn reach(search: &Search<'_>, pieces: &[Piece], n_places: usize, n_stages: usize
                     None => continue,
                 },
             };
-            for (number, piece) in pieces.iter().enumerate().filter(|(_, piece)| piece.mask & mask == 0) {
+            for set in subsets(!mask & (n_masks - 1)) {
+                let Some((number, piece)) = numbers.get(set).copied().flatten().and_then(|number| Some((number, pieces.get(number)?)))
+                else {
+                    continue;
+                };
                 let Some(end) = furthest(search, piece, start, most, limit) else { continue };
                 let Some(known) = row.get_mut(mask | piece.mask) else { continue };
                 if known.is_none_or(|known| end > known.end) {
