@@ -48,7 +48,9 @@ fn reach(search: &Search<'_>, pieces: &[Piece], n_places: usize, n_stages: usize
                     None => continue,
                 },
             };
-            for set in subsets(!mask & (n_masks - 1)) {
+            // Each stage to come needs a node too.
+            let spare = n_places + 1 + stage - n_stages.min(n_places);
+            for set in subsets(!mask & (n_masks - 1)).filter(|set| (mask | set).count_ones() as usize <= spare) {
                 let Some((number, piece)) = numbers.get(set).copied().flatten().and_then(|number| Some((number, pieces.get(number)?)))
                 else {
                     continue;
