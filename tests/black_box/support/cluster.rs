@@ -100,9 +100,15 @@ impl Cluster {
 
     pub(crate) fn start_worker(&mut self, name: &str) {
         let mut command = self.command(name, &["worker", "--cluster", &self.name, "--name", name, "--listen", "127.0.0.1:0"]);
-        if !self.setup.own_homes {
-            // Shared, so that this machine is measured once for all tests.
-            command.env("MLX_CLUSTER_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers"));
+        // So that this machine is measured once for all tests.
+        let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers");
+        if self.setup.own_homes {
+            let own = self.home.path().join(name);
+            std::fs::create_dir_all(&own).unwrap();
+            // Where nothing was measured yet, the worker measures.
+            drop(std::fs::copy(shared.join("measurement.json"), own.join("measurement.json")));
+        } else {
+            command.env("MLX_CLUSTER_HOME", shared);
         }
         command.args(&self.setup.worker_args);
         self.processes.insert(name.to_owned(), Process::start(name, &mut command));

@@ -235,3 +235,7 @@ impl BatchWriter {
 pub(super) fn journal_line(digest: &Digest, bytes: u64, name: &str) -> String {
     format!("{} {bytes} {}\n", hexadecimal(digest), name.escape_debug())
 }
+
+#[cfg(test)]
+#[path = "writer_tests.rs"]
+mod tests;

@@ -5,7 +5,7 @@ use super::{
     live::LiveModel,
     owners::{Candidate, owners},
     peers::{Inventory, PeerClient, PeerError},
-    report::Report,
+    report::{ALL, Report},
 };
 use mlx_cluster_hub::{Batch, BatchWriter, HubError, Snapshot, StoreLock, TensorSlot};
 use std::{
@@ -307,7 +307,7 @@ impl Fetching {
         };
         for name in here {
             self.missing.remove(&name);
-            self.report.add("", self.candidates.get(&name).map_or(0, |candidate| candidate.bytes));
+            self.report.add(ALL, self.candidates.get(&name).map_or(0, |candidate| candidate.bytes));
         }
         Ok(())
     }

@@ -7,6 +7,8 @@ use tokio::sync::mpsc;
 
 /// Progress is reported once for this many bytes.
 const REPORT_BYTES: u64 = 1 << 20;
+/// What is shown while no single file is meant.
+pub(super) const ALL: &str = "weights";
 
 #[derive(Debug)]
 pub(super) struct Report {
@@ -21,7 +23,7 @@ impl Report {
     /// `done` of `total` bytes are here already.
     pub(super) fn new(run: Run, events: mpsc::Sender<Event>, done: u64, total: u64) -> Self {
         let report = Self { run, events, total, done: AtomicU64::new(done), reported: AtomicU64::new(done) };
-        report.tell("", done);
+        report.tell(ALL, done);
         report
     }
 

@@ -283,3 +283,73 @@ async fn every_byte_comes_from_the_hub_once_whatever_the_layout() {
         assert_eq!(again, 0, "{layers:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_worker_has_the_others_take_from_it() {
+    let (mut hub, fingerprint) = hub_with_model();
+    let workers = Workers::start(&hub, fingerprint, &[0..4, 1..3, 0..4]).await;
+    // The last one in the list has all of it in the shared cache.
+    let store = &workers.stores[2];
+    let ModelSource::Repo { id, revision } = &workers.model else { panic!("a repository") };
+    let repo = ModelRef::Repo(format!("{id}@{revision}").parse().expect("a commit"));
+    let snapshot = Snapshot::open(&repo, &store.hub, &|_| {}).await.expect("open");
+    let files = [file_of(Some(0)), file_of(Some(3))].map(str::to_owned);
+    snapshot.fetch_weights(&files, &|_| {}).await.expect("fetched");
+    snapshot.describe().await.expect("described");
+    hub.stop();
+    let folders = workers.fetch().await;
+    assert_eq!(layers_in(&folders[0]), (0..4).collect());
+    assert_eq!(layers_in(&folders[1]), (1..3).collect());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_part_of_a_worker_that_is_gone_is_fetched_by_the_next() {
+    let (hub, fingerprint) = hub_with_model();
+    let workers = Workers::start(&hub, fingerprint, &[0..4, 0..4, 0..4]).await;
+    workers.servers[0].abort();
+    let mut folders = Vec::new();
+    for number in [1, 2] {
+        let (store, spec) = (workers.stores[number].clone(), workers.spec(number));
+        folders.push(tokio::spawn(async move { folder_of(fetch(&store, &spec).await.0) }));
+    }
+    for folder in folders {
+        assert_eq!(layers_in(&folder.await.expect("no panic")), (0..4).collect());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_tensor_of_another_worker_is_not_taken() {
+    let (hub, fingerprint) = hub_with_model();
+    let workers = Workers::start(&hub, fingerprint, &[0..4, 0..4]).await;
+    let first = EngineSpec { weight_peers: Vec::new(), ..workers.spec(0) };
+    let folder = folder_of(fetch(&workers.stores[0], &first).await.0);
+    let good = std::fs::read_dir(&folder).expect("files").map(|entry| entry.expect("an entry").path());
+    let mut flipped = 0;
+    for path in good.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")) {
+        let mut bytes = std::fs::read(&path).expect("read");
+        *bytes.last_mut().expect("some") ^= 1;
+        std::fs::write(&path, bytes).expect("written");
+        flipped += 1;
+    }
+    hub.take_served();
+    let folder = folder_of(fetch(&workers.stores[1], &workers.spec(1)).await.0);
+    assert_eq!(layers_in(&folder), (0..4).collect());
+    let own = workers.stores[1].live().values().next().cloned().expect("a model");
+    assert!(own.store.verify(&own.description).expect("read").is_empty());
+    let (_, ratio) = counted(&hub);
+    assert!(flipped > 0 && ratio > 0.0, "what was damaged came from the hub");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_must_not_ask_the_hub_gets_all_from_the_others() {
+    let (hub, fingerprint) = hub_with_model();
+    let mut workers = Workers::start(&hub, fingerprint, &[0..4, 0..4]).await;
+    workers.servers.remove(1).abort();
+    let mut offline = store_at(workers.homes[1].path(), "mini-1", &hub.endpoint());
+    offline.hub.offline = true;
+    workers.stores[1] = Arc::new(offline);
+    for folder in workers.fetch().await {
+        assert_eq!(layers_in(&folder), (0..4).collect());
+    }
+    assert_eq!(counted(&hub).0, 0);
+}
