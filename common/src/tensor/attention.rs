@@ -91,7 +91,8 @@ impl Splitter<'_> {
     fn wide_head_norms(&mut self, [query, key]: [&mut NormSpec; 2], divided: &[Heads], head_dim: u32) {
         let Heads { queries, shared } = self.own(divided);
         let rows = vec![scaled(&queries, head_dim, 0)];
-        self.wide_norm(query, rows.clone(), vec![0..length(&rows)]);
+        let all = 0..length(&rows);
+        self.wide_norm(query, rows, vec![all]);
         let counted = first_held(divided, self.rank()).into_iter().map(|slot| scaled(&(slot..slot + 1), head_dim, 0)).collect();
         self.wide_norm(key, shared.iter().map(|head| scaled(&(*head..head + 1), head_dim, 0)).collect(), counted);
     }

@@ -96,17 +96,17 @@ impl Splitter<'_> {
     }
 
     fn split_gated_norm(&mut self, norm: &mut GatedNorm, own: &Range<u32>, inner: u32) {
-        let n = own.end - own.start;
+        let all = 0..own.end - own.start;
         match norm {
             GatedNorm::None => {}
             GatedNorm::GateThenNorm { norm, groups } if *groups > 1 => {
-                *groups = n / (inner / *groups);
-                norm.dims = n;
+                *groups = all.end / (inner / *groups);
+                norm.dims = all.end;
                 let path = norm.path.clone();
                 self.cut(&path, super::Cut::Output(vec![own.clone()]));
             }
             GatedNorm::GateThenNorm { norm, .. } | GatedNorm::NormThenGate { norm } => {
-                self.wide_norm(norm, vec![own.clone()], vec![0..n]);
+                self.wide_norm(norm, vec![own.clone()], vec![all]);
             }
         }
     }
