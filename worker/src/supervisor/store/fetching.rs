@@ -39,11 +39,13 @@ pub(crate) struct Patience {
     pub(crate) unreachable: Duration,
     /// One that answers, but gets no further.
     pub(crate) idle: Duration,
+    /// The first worker of the plan, which finds out what the model consists of; then the others ask the hub too.
+    pub(crate) description: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { unreachable: Duration::from_secs(10), idle: Duration::from_secs(90) }
+        Self { unreachable: Duration::from_secs(10), idle: Duration::from_secs(90), description: Duration::from_secs(30) }
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) struct LiveModel {
     pub(super) repo: RepoRef,
     pub(super) store: ModelStore,
     pub(super) description: Description,
+    /// Of all tensors of the model, in order.
+    names: Vec<String>,
     /// The model's folder in the shared cache.
     cached: PathBuf,
     contents: Mutex<Contents>,
@@ -26,7 +28,8 @@ impl LiveModel {
     /// Blocks on the disk.
     pub(super) fn open(repo: RepoRef, store: ModelStore, description: Description, cached: PathBuf) -> Result<Self, HubError> {
         let contents = Mutex::new(store.contents(&description, Some(&cached))?);
-        Ok(Self { repo, store, description, cached, contents, fetched_bytes: AtomicU64::new(0) })
+        let names = description.tensors().into_keys().map(str::to_owned).collect();
+        Ok(Self { repo, store, description, names, cached, contents, fetched_bytes: AtomicU64::new(0) })
     }
 
     /// Looks at the disk again: somebody else may have changed what is there. Blocks on the disk.
@@ -51,10 +54,9 @@ impl LiveModel {
     /// One bit for each tensor of the model in the order of names.
     pub(super) fn bits(&self) -> Vec<u8> {
         let contents = self.contents();
-        let names = self.description.tensors();
-        let mut bits = vec![0u8; names.len().div_ceil(8)];
-        for (index, name) in names.keys().enumerate() {
-            if contents.tensors.contains_key(*name) {
+        let mut bits = vec![0u8; self.names.len().div_ceil(8)];
+        for (index, name) in self.names.iter().enumerate() {
+            if contents.tensors.contains_key(name) {
                 bits[index / 8] |= 1 << (index % 8);
             }
         }
@@ -63,8 +65,7 @@ impl LiveModel {
 
     /// The names that such bits stand for; whatever is beyond the last tensor stands for nothing.
     pub(super) fn names_of(&self, bits: &[u8]) -> BTreeSet<String> {
-        let names = self.description.tensors().into_keys().enumerate();
         let is_set = |index: &usize| bits.get(index / 8).is_some_and(|byte| byte >> (index % 8) & 1 == 1);
-        names.filter(|(index, _)| is_set(index)).map(|(_, name)| name.to_owned()).collect()
+        self.names.iter().enumerate().filter(|(index, _)| is_set(index)).map(|(_, name)| name.clone()).collect()
     }
 }

@@ -40,8 +40,6 @@ use tokio::{
 };
 
 const CONFIG_FILE: &str = "config.json";
-/// The first worker of the plan has this long to find out what the model consists of; then the others ask the hub too.
-const DESCRIPTION_PATIENCE: Duration = Duration::from_secs(30);
 const DESCRIPTION_POLL: Duration = Duration::from_millis(200);
 /// For another process of this machine that changes the same model's store.
 const LOCK_PATIENCE: Duration = Duration::from_secs(60);
@@ -182,7 +180,7 @@ impl Store {
         }
         let others = self.others(repo, spec);
         let is_first = spec.weight_peers.first().is_none_or(|first| first.node == self.node);
-        let until = Instant::now() + if is_first && !self.hub.offline { Duration::ZERO } else { DESCRIPTION_PATIENCE };
+        let until = Instant::now() + if is_first && !self.hub.offline { Duration::ZERO } else { self.patience.description };
         loop {
             for (_, client) in &others {
                 if let Some(description) = described(client).await {

@@ -214,7 +214,8 @@ impl Workers {
             let mut store = store_at(home.path(), &name, &hub.endpoint());
             store.hub.retries = 3;
             store.hub.retry_delay = Duration::from_millis(1);
-            store.patience = Patience { unreachable: Duration::from_millis(300), idle: Duration::from_secs(20) };
+            store.patience =
+                Patience { unreachable: Duration::from_millis(300), idle: Duration::from_secs(20), description: Duration::from_secs(2) };
             let store = Arc::new(store);
             let listener = net::listen((Ipv4Addr::LOCALHOST, 0).into()).await.expect("a port");
             let address = listener.local_addr().expect("an address").to_string();
