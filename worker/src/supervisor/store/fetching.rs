@@ -31,6 +31,8 @@ const POLL: Duration = Duration::from_millis(200);
 /// For a worker that failed, twice as long after each further failure.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Of one worker in one fetch, such as damaged tensors; then another one asks the hub in its place.
+const FAILURES_MAX: u32 = 3;
 
 /// How long to wait for a worker before another one does its part.
 #[derive(Debug, Clone, Copy)]
@@ -233,6 +235,7 @@ impl Fetching {
     fn away(&self) -> BTreeSet<usize> {
         let now = Instant::now();
         let is_away = |peer: &&PeerState| match (&peer.inventory, peer.answers) {
+            _ if peer.failures >= FAILURES_MAX => true,
             (Some(inventory), true) => !inventory.reaches_hub || now > peer.moved + self.patience.idle,
             _ => now > peer.moved + self.patience.unreachable,
         };
