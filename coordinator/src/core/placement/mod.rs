@@ -15,7 +15,7 @@ mod told;
 mod why_not;
 
 #[cfg(test)]
-mod published;
+mod published_tests;
 #[cfg(test)]
 mod search_tests;
 #[cfg(test)]
