@@ -2,21 +2,25 @@
 
 use crate::{
     cluster_file::ClusterFacts,
-    core::placement::{self, PlanOptions},
+    core::{
+        cluster::Cluster,
+        event::{Effect, Settings},
+        placement::{self, PlanOptions},
+    },
     discovery::mdns::{Found, Mdns, watch as watch_mdns},
     error::CoordinatorError,
-    links::{Links, Note},
+    links::{Desired, Links, Note},
     model,
 };
 use mlx_cluster_common::{
     cache::CacheOptions,
     engine::NodeFacts,
     ids::{ClusterName, NodeId},
-    plan::{Optimize, Plan, Strategy, ToldStage},
+    plan::{Collective, Optimize, Plan, Strategy, ToldStage},
     units::Bytes,
 };
 use mlx_cluster_proto::wire::Hello;
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
@@ -54,7 +58,7 @@ pub async fn plan_only(options: PlanOnlyOptions) -> Result<Plan, CoordinatorErro
         PlanNodes::Memory(memory) => {
             ClusterFacts { nodes: memory.into_iter().enumerate().map(|(i, usable)| imagined(i + 1, usable)).collect(), links: Vec::new() }
         }
-        PlanNodes::Discover { cluster, wait } => ClusterFacts { nodes: discover(&cluster, wait).await?, links: Vec::new() },
+        PlanNodes::Discover { cluster, wait } => discover(&cluster, wait).await?,
     };
     if nodes.is_empty() {
         return Err(CoordinatorError::NoNodes { cause: "no machine was given".into() });
@@ -87,26 +91,33 @@ fn imagined(number: usize, usable: Bytes) -> NodeFacts {
     }
 }
 
-/// Asks every worker that announces itself what it is. A worker that another coordinator holds does not answer.
-async fn discover(cluster: &ClusterName, wait: Duration) -> Result<Vec<NodeFacts>, CoordinatorError> {
-    let hello = Hello::new(&cluster.0, &NodeId(uuid::Uuid::new_v4().simple().to_string()), "plan");
+/// Asks every worker that announces itself what it is, and what lies between them. A worker that another coordinator holds does not answer.
+async fn discover(cluster: &ClusterName, wait: Duration) -> Result<ClusterFacts, CoordinatorError> {
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let hello = Hello::new(&cluster.0, &NodeId(id.clone()), "plan");
     let (mdns, services) = Mdns::start(None).map_err(CoordinatorError::Mdns)?;
     let (found, mut found_out) = mpsc::channel(64);
     let (notes, mut notes_out) = mpsc::channel(64);
     let listening = tokio::spawn(watch_mdns(services, hello.clone(), found));
     let mut links = Links::new(hello, notes);
-    let (mut nodes, mut cause) = (BTreeMap::new(), format!("no worker of cluster `{cluster}` answered within {} s", wait.as_secs()));
-    let until = Instant::now() + wait;
+    // The core of a coordinator that serves nothing: it has the workers measure the ways between them.
+    let mut core = Cluster::new(idle(cluster, &id));
+    let mut cause = format!("no worker of cluster `{cluster}` answered within {} s", wait.as_secs());
+    let start = Instant::now();
     loop {
         let next = tokio::select! {
-            found = timeout_at(until, found_out.recv()) => found.map(|found| (found, None)),
-            note = timeout_at(until, notes_out.recv()) => note.map(|note| (None, note)),
+            found = timeout_at(start + wait, found_out.recv()) => found.map(|found| (found, None)),
+            note = timeout_at(start + wait, notes_out.recv()) => note.map(|note| (None, note)),
         };
         match next {
             Err(_) => break,
             Ok((Some(Found::Worker(peer)), _)) => links.seen(peer),
-            Ok((_, Some(Note::Event(crate::core::event::Event::WorkerUp { facts, .. })))) => {
-                nodes.insert(facts.id.clone(), *facts);
+            Ok((_, Some(Note::Event(event)))) => {
+                for effect in core.handle(event, start.elapsed()) {
+                    if let Effect::SetDesired { node, version, engines, neighbours } = effect {
+                        links.set_desired(&node, Desired { version, engines, neighbours });
+                    }
+                }
             }
             Ok((_, Some(Note::Held { message, .. }))) => cause = message,
             Ok(_) => {}
@@ -115,5 +126,24 @@ async fn discover(cluster: &ClusterName, wait: Duration) -> Result<Vec<NodeFacts
     links.stop().await;
     mdns.stop().await;
     listening.abort();
-    if nodes.is_empty() { Err(CoordinatorError::NoNodes { cause }) } else { Ok(nodes.into_values().collect()) }
+    let status = core.status(&[]);
+    let nodes: Vec<_> = status.workers.into_iter().filter(|worker| worker.connected).map(|worker| worker.facts).collect();
+    if nodes.is_empty() { Err(CoordinatorError::NoNodes { cause }) } else { Ok(ClusterFacts { nodes, links: status.links }) }
+}
+
+fn idle(cluster: &ClusterName, id: &str) -> Settings {
+    Settings {
+        cluster: cluster.0.clone(),
+        run: id.chars().take(8).collect(),
+        model: None,
+        min_workers: 1,
+        strategy: Strategy::Auto,
+        split: None,
+        stages: None,
+        collective: Collective::Auto,
+        optimize: Optimize::Latency,
+        context_tokens: None,
+        caches: CacheOptions::default(),
+        wait: None,
+    }
 }

@@ -37,8 +37,8 @@ pub(crate) struct PlanArgs {
     /// The cluster whose workers are asked
     #[arg(long, default_value = DEFAULT_CLUSTER, value_parser = cluster_name, conflicts_with = "memory")]
     cluster: String,
-    /// How long to wait for their answers
-    #[arg(long, value_name = "SECONDS", default_value_t = 3, conflicts_with = "memory")]
+    /// How long to wait for their answers, and for what they measure between them
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, conflicts_with = "memory")]
     wait: u64,
     /// auto: what is predicted to be fastest, with as few workers as that takes; pipeline: all of them, one after the other; tensor: all of them, each matrix split
     #[arg(long, value_name = "auto|pipeline|tensor", default_value = "auto")]

@@ -1,4 +1,4 @@
-"""The same request gives the same tokens: alone, among 15 others, streamed or not, on one worker, two and three.
+"""The same request gives the same tokens: alone, among 15 others, streamed or not, on one worker, two and three; and in a tensor-parallel group.
 
     python tests/parity/sameness.py
 
@@ -69,6 +69,15 @@ def different(got: list[int], wanted: list[int]) -> str | None:
     return f"differs from token {first} on: {got[first : first + 4]} instead of {wanted[first : first + 4]} ({len(got)} and {len(wanted)} tokens)"
 
 
+def check(report: Report, coordinator: Coordinator, where: str, wanted: list[int]) -> None:
+    report.check(f"{where}: alone", different, tokens(coordinator, REQUEST), wanted)
+    report.check(f"{where}: again", different, tokens(coordinator, REQUEST), wanted)
+    report.check(f"{where}: among {OTHERS} others", different, among_others(coordinator, tokens), wanted)
+    report.check(f"{where}: streamed among others", different, among_others(coordinator, streamed_tokens), wanted)
+    another = tokens(coordinator, {**REQUEST, "seed": 1235})
+    report.check(f"{where}: another seed differs", lambda: "the seed does not matter" if another == wanted else None)
+
+
 def main() -> None:
     report = Report()
     with ExitStack() as stack:
@@ -84,15 +93,11 @@ def main() -> None:
             wanted = None
             for workers in clusters:
                 with Coordinator(workers, folder) as coordinator:
-                    alone = tokens(coordinator, REQUEST)
-                    wanted = wanted or alone
-                    where = f"{name}, {workers.count} worker{'s'[: workers.count > 1]}"
-                    report.check(f"{where}: alone", different, alone, wanted)
-                    report.check(f"{where}: again", different, tokens(coordinator, REQUEST), wanted)
-                    report.check(f"{where}: among {OTHERS} others", different, among_others(coordinator, tokens), wanted)
-                    report.check(f"{where}: streamed among others", different, among_others(coordinator, streamed_tokens), wanted)
-                    another = tokens(coordinator, {**REQUEST, "seed": 1235})
-                    report.check(f"{where}: another seed differs", lambda: "the seed does not matter" if another == wanted else None)
+                    wanted = wanted or tokens(coordinator, REQUEST)
+                    check(report, coordinator, f"{name}, {workers.count} worker{'s'[: workers.count > 1]}", wanted)
+            # Matrices that are split round otherwise than whole ones, so a group is compared with itself.
+            with Coordinator(clusters[1], folder, strategy="tensor") as coordinator:
+                check(report, coordinator, f"{name}, tensor-parallel", tokens(coordinator, REQUEST))
     report.close()
 
 
