@@ -43,8 +43,8 @@ CONFIGS = {
     "compute-bound": ({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 16, "intermediate_size": 768, "num_attention_heads": 8,
                        "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
                        "tie_word_embeddings": True}, None),
-    # 65M parameters in f32 in few wide layers: products of one token take long against what a sum over two ranks takes.
-    "wide-layers": ({"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 6, "intermediate_size": 2816, "num_attention_heads": 16,
+    # 100M parameters in f32 in few wide layers: products of one token take long against what a sum over two ranks takes.
+    "wide-layers": ({"model_type": "llama", "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 4096, "num_attention_heads": 24,
                      "num_key_value_heads": 4, "head_dim": 64, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
                      "tie_word_embeddings": True}, None),
     # Activations of 8 KiB a token in f32, little else: for the way between two engines.
