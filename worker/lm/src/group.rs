@@ -104,10 +104,6 @@ impl Group {
         self.0.place.ranks()
     }
 
-    pub fn has_formed(&self) -> bool {
-        self.0.formed.get().is_some()
-    }
-
     /// The sum over all ranks, the same bits on each.
     pub fn all_sum(&self, array: &Array) -> Result<Array, LmError> {
         let group = self.formed()?;
