@@ -15,6 +15,7 @@ pub mod sampling;
 pub mod spec;
 pub mod step;
 pub mod tensor;
+pub mod training;
 pub mod units;
 pub mod weights;
 
