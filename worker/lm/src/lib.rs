@@ -15,6 +15,7 @@ pub mod rope;
 pub mod sample;
 mod sequences;
 pub mod shard;
+mod stack;
 pub mod weights;
 
 pub use error::LmError;

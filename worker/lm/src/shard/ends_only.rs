@@ -4,12 +4,13 @@
 //! layer with a cache of its own fills that for all tokens and goes on with the few that are read, and layers after it, which read the
 //! caches of others, see only those.
 
-use super::{Run, Shard, output_length, output_rows};
+use super::{output_length, output_rows};
 use crate::{
     blocks::{Flow, Layer, Mix, own_rows},
     cache::Cache,
     error::LmError,
     packing::{Packing, Span},
+    stack::{Run, Stack},
 };
 use mlx_cluster_common::{
     spec::Mixer,
@@ -31,7 +32,7 @@ pub(super) fn ends_only(step: &Step) -> bool {
     step.segments.iter().all(|segment| output_length(segment) <= 1 && !segment.output.prompt_logprobs)
 }
 
-impl Shard {
+impl Stack {
     /// All layers for such a step: `[ends, 1, D]`, or None when no token is read.
     pub(super) fn forward_to_ends(
         &self,
