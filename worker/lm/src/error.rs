@@ -22,6 +22,8 @@ pub enum LmError {
     UnknownSequence { sequence: SequenceId },
     #[error("sequence {sequence}: the step starts at token {start}, the caches hold {held}")]
     OutOfStep { sequence: SequenceId, start: u32, held: u32 },
+    #[error("the adapter of `{path}` cannot be used: {cause}")]
+    Adapter { path: String, cause: String },
     #[error("tensor-parallel group: {0}")]
     Group(String),
     #[error(transparent)]

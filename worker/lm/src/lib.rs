@@ -1,6 +1,7 @@
 //! The maths of one shard: weights, blocks, caches, sampling on MLX. Knows nothing of processes, networks or the cluster.
 
 pub mod activations;
+pub mod adapter;
 pub mod blocks;
 pub mod cache;
 pub mod compiled;
@@ -11,6 +12,7 @@ pub mod linear;
 pub mod packing;
 pub mod parameters;
 pub mod probe;
+pub mod random;
 pub mod rope;
 pub mod sample;
 mod sequences;

@@ -2,6 +2,7 @@
 
 pub use crate::parameters::Parameters;
 use crate::{
+    adapter::{LowRank, LowRankStack, LowRankTable},
     error::LmError,
     ffi::{self, Quantised},
     group::{Group, Vocabulary},
@@ -37,6 +38,16 @@ impl Matrix {
         let scheme = quantization.scheme(path).ok_or_else(|| LmError::NotLoaded { name: format!("quantisation of {path}") })?;
         let biases = scheme.has_biases().then(|| weights.take(&format!("{path}.biases"))).transpose()?;
         Ok(Matrix::Quantised { weight, scales, biases, scheme })
+    }
+
+    /// As numbers, `[.., output, input]`.
+    pub(crate) fn dense(&self) -> Result<Array, LmError> {
+        match self {
+            Matrix::Dense { weight } => Ok(weight.clone()),
+            Matrix::Quantised { weight, scales, biases, scheme } => {
+                ffi::dequantize(&Quantised { weight, scales, biases: biases.as_ref(), scheme: *scheme })
+            }
+        }
     }
 
     /// `x Wᵀ`; `x` `[.., input]`.
@@ -112,6 +123,7 @@ pub struct Linear {
     matrix: Matrix,
     bias: Option<Array>,
     across: Across,
+    low_rank: Option<Box<LowRank>>,
 }
 parameters!(Linear: matrix, bias);
 
@@ -135,7 +147,8 @@ impl Linear {
             (None, Some(vocabulary)) => Across::Gather(vocabulary),
             (None, None) => Across::Nothing,
         };
-        Ok(Self { matrix, bias, across })
+        let low_rank = LowRank::load(weights, &spec.path)?.map(Box::new);
+        Ok(Self { matrix, bias, across, low_rank })
     }
 
     /// Leaves the sum over the ranks to the caller, who sums more than this; None when there is nothing to sum.
@@ -153,13 +166,37 @@ impl Linear {
             Across::Gather(vocabulary) => vocabulary.gather(&self.own(x)?),
             // The bias is added once, and on every rank, so that all ranks have the same graph and meet in the same order.
             Across::Sum(group) => {
-                let sum = group.all_sum(&self.matrix.apply(x)?)?;
+                let sum = group.all_sum(&self.without_bias(x)?)?;
+                let sum = self.with_gain(sum, x, Some(group))?;
                 self.bias.as_ref().map_or(Ok(sum.clone()), |bias| Ok(ops::add(sum, bias)?))
             }
         }
     }
 
+    fn without_bias(&self, x: &Array) -> Result<Array, LmError> {
+        match &self.low_rank {
+            Some(low_rank) => low_rank.apply(x, &self.matrix, || self.matrix.apply(x)),
+            None => self.matrix.apply(x),
+        }
+    }
+
+    fn with_gain(&self, y: Array, x: &Array, across: Option<&Group>) -> Result<Array, LmError> {
+        let gain = self.low_rank.as_ref().map(|low_rank| low_rank.gain(&self.matrix, across)).transpose()?.flatten();
+        gain.map_or(Ok(y.clone()), |gain| Ok(ops::multiply(gain.as_dtype(x.dtype())?, &y)?))
+    }
+
     fn own(&self, x: &Array) -> Result<Array, LmError> {
+        match &self.low_rank {
+            None => self.plain(x),
+            Some(low_rank) if !low_rank.is_dora() => low_rank.apply(x, &self.matrix, || self.plain(x)),
+            Some(_) => {
+                let y = self.with_gain(self.without_bias(x)?, x, None)?;
+                self.bias.as_ref().map_or(Ok(y.clone()), |bias| Ok(ops::add(&y, bias)?))
+            }
+        }
+    }
+
+    fn plain(&self, x: &Array) -> Result<Array, LmError> {
         Ok(match (&self.matrix, &self.bias) {
             // One fused operation where MLX has it, as mlx-lm does, so that the bits agree.
             (Matrix::Dense { weight }, Some(bias)) => ops::addmm(bias, x, weight.t(), None, None)?,
@@ -175,26 +212,40 @@ pub struct Embedding {
     matrix: Matrix,
     /// When the ranks of a group have a part of the rows each.
     vocabulary: Option<Vocabulary>,
+    low_rank: Option<Box<LowRankTable>>,
 }
 parameters!(Embedding: matrix);
 
 impl Embedding {
     pub fn load(weights: &mut Weights, spec: &EmbeddingSpec, quantization: &Quantization) -> Result<Self, LmError> {
-        Ok(Self { matrix: Matrix::load(weights, &spec.path, quantization)?, vocabulary: weights.vocabulary(&spec.path) })
+        let (matrix, vocabulary) = (Matrix::load(weights, &spec.path, quantization)?, weights.vocabulary(&spec.path));
+        let low_rank = LowRankTable::load(weights, &spec.path)?.map(Box::new);
+        if let (Some(_), Matrix::Quantised { .. }) = (low_rank.as_ref().filter(|table| table.is_dora()), &matrix) {
+            return Err(LmError::Adapter { path: spec.path.clone(), cause: "DoRA does not work on a quantised embedding".into() });
+        }
+        if low_rank.as_ref().is_some_and(|table| table.is_dora()) && vocabulary.is_some() {
+            return Err(LmError::Adapter {
+                path: spec.path.clone(),
+                cause: "DoRA does not work on an embedding that is split over ranks".into(),
+            });
+        }
+        Ok(Self { matrix, vocabulary, low_rank })
     }
 
     /// `[..] -> [.., dims]`.
     pub fn forward(&self, ids: &Array) -> Result<Array, LmError> {
-        match &self.vocabulary {
-            None => self.matrix.rows(ids),
-            Some(vocabulary) => vocabulary.look_up(ids, |own| self.matrix.rows(own)),
-        }
+        let rows = match &self.vocabulary {
+            None => self.matrix.rows(ids)?,
+            Some(vocabulary) => vocabulary.look_up(ids, |own| self.matrix.rows(own))?,
+        };
+        self.low_rank.as_ref().map_or(Ok(rows.clone()), |low_rank| low_rank.add_to_rows(&rows, ids))
     }
 
     /// `[.., dims] -> [.., vocab_size]`.
     pub fn as_linear(&self, x: &Array) -> Result<Array, LmError> {
         let logits = self.matrix.apply(x)?;
-        self.vocabulary.as_ref().map_or(Ok(logits.clone()), |vocabulary| vocabulary.gather(&logits))
+        let logits = self.vocabulary.as_ref().map_or(Ok(logits.clone()), |vocabulary| vocabulary.gather(&logits))?;
+        self.low_rank.as_ref().map_or(Ok(logits.clone()), |low_rank| low_rank.add_to_logits(&logits, x, &self.matrix))
     }
 }
 
@@ -204,6 +255,7 @@ pub struct Experts {
     matrix: Matrix,
     /// `[n_experts, output]`
     bias: Option<Array>,
+    low_rank: Option<Box<LowRankStack>>,
 }
 parameters!(Experts: matrix, bias);
 
@@ -218,16 +270,17 @@ impl Experts {
             }
             (bias, _) => bias,
         };
-        Ok(Self { matrix, bias })
+        Ok(Self { matrix, bias, low_rank: LowRankStack::load(weights, &spec.path)?.map(Box::new) })
     }
 
     /// `x` `[.., 1, 1, input]` (or `[rows, 1, input]` sorted by expert) through the experts `indices`.
     pub fn forward(&self, x: &Array, indices: &Array, sorted: bool) -> Result<Array, LmError> {
         let y = self.matrix.gather(x, indices, sorted)?;
-        match &self.bias {
-            Some(bias) => Ok(ops::add(y, bias.take_axis(indices, 0)?.expand_dims(-2)?)?),
-            None => Ok(y),
-        }
+        let y = match &self.bias {
+            Some(bias) => ops::add(y, bias.take_axis(indices, 0)?.expand_dims(-2)?)?,
+            None => y,
+        };
+        self.low_rank.as_ref().map_or(Ok(y.clone()), |low_rank| low_rank.add_to(&y, x, indices, sorted))
     }
 }
 

@@ -5,6 +5,7 @@ mod files;
 mod make;
 
 use crate::{
+    adapter::Adaption,
     error::LmError,
     ffi,
     group::{Group, Vocabulary},
@@ -21,6 +22,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
     path::Path,
+    rc::Rc,
 };
 
 /// The parameters of a shard by name, taken out one by one.
@@ -28,7 +30,8 @@ use std::{
 pub struct Weights {
     arrays: BTreeMap<String, Array>,
     bytes_read: u64,
-    rank: Option<RankOf>,
+    rank: Option<Rc<RankOf>>,
+    adaption: Option<Adaption>,
 }
 
 /// What makes a rank's model differ from a smaller one.
@@ -74,7 +77,7 @@ impl Weights {
                 memory::clear_cache()?;
             }
         }
-        Ok(Self { arrays, bytes_read: files.bytes_read(), rank: None })
+        Ok(Self { arrays, bytes_read: files.bytes_read(), ..Self::default() })
     }
 
     /// For tests and tools that make their own arrays.
@@ -89,7 +92,37 @@ impl Weights {
 
     /// Says that these are a rank's, whose blocks add up what they make over its group.
     pub fn of_rank(self, split: Split, group: Group) -> Self {
-        Self { rank: Some(RankOf { split, group }), ..self }
+        Self { rank: Some(Rc::new(RankOf { split, group })), ..self }
+    }
+
+    /// Says how the adapters among these are used; without it they are left over.
+    pub fn adapted(self, adaption: Adaption) -> Self {
+        Self { adaption: Some(adaption), ..self }
+    }
+
+    /// These arrays in place of those that are here, and besides; the rest is shared.
+    pub fn with(&self, arrays: impl IntoIterator<Item = (String, Array)>) -> Self {
+        let mut all = self.arrays.clone();
+        all.extend(arrays);
+        Self { arrays: all, bytes_read: self.bytes_read, rank: self.rank.clone(), adaption: self.adaption.clone() }
+    }
+
+    pub(crate) fn adaption(&self) -> Option<&Adaption> {
+        self.adaption.as_ref()
+    }
+
+    /// What of the weight at a path is here, when others are on other ranks.
+    pub(crate) fn cut(&self, path: &str) -> Option<Cut> {
+        self.rank.as_ref()?.split.cuts.get(path).cloned()
+    }
+
+    /// By name, without taking it.
+    pub fn get(&self, name: &str) -> Option<&Array> {
+        self.arrays.get(name)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.arrays.keys().map(String::as_str)
     }
 
     /// None when the stage has one rank.
