@@ -15,6 +15,7 @@ pub mod rope;
 pub mod sample;
 mod sequences;
 pub mod shard;
+pub mod tuner;
 pub mod weights;
 
 pub use error::LmError;
