@@ -28,6 +28,15 @@ pub enum LmError {
     Group(String),
     #[error(transparent)]
     Caches(#[from] CacheError),
+    #[error(
+        "update {step}: `{name}` is {found}, needed is {wanted}; parameters and gradients have to be those that the optimizer was made for"
+    )]
+    Update { step: u64, name: String, found: String, wanted: String },
+    #[error(
+        "the optimizer's state in the checkpoint does not fit this training: `{name}` is {found}, needed is {wanted}; \
+         resume with the configuration that the checkpoint was made with, or start anew without it"
+    )]
+    OptimizerState { name: String, found: String, wanted: String },
     #[error("the step needs {wanted} as input, it came with {found}")]
     WrongInput { wanted: String, found: String },
 }

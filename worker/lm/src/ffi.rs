@@ -243,6 +243,14 @@ fn call_many(
     arrays
 }
 
+/// `logsumexp(logits) - logits[target]` of each row in f32, by one kernel where there is a GPU.
+pub fn fused_cross_entropy(logits: &Array, targets: &Array) -> Result<Array, LmError> {
+    call("cross_entropy", |result, stream| {
+        // SAFETY: `result` is a fresh handle that MLX fills, arrays and stream are valid for the call.
+        unsafe { mlx_sys::mlx_fast_cross_entropy(result, logits.as_ptr(), targets.as_ptr(), stream) }
+    })
+}
+
 /// Runs a raw MLX operation that writes one array.
 fn call(name: &str, operation: impl FnOnce(*mut mlx_sys::mlx_array, mlx_sys::mlx_stream) -> i32) -> Result<Array, LmError> {
     ensure_errors_return()?;

@@ -18,6 +18,7 @@ pub mod sample;
 mod sequences;
 pub mod shard;
 mod stack;
+pub mod tuner;
 pub mod weights;
 
 pub use error::LmError;
