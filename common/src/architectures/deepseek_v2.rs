@@ -44,5 +44,5 @@ fn router(decoder: &Decoder, linear: LinearSpec) -> Result<RouterSpec, ConfigErr
     };
     let top_k = config.u32("num_experts_per_tok", 1, linear.output_dims)?;
     let scale = config.maybe_f32("routed_scaling_factor", -1e6, 1e6)?.unwrap_or(1.0);
-    Ok(RouterSpec { ranking: Ranking::BestFirst, groups, scale, ..RouterSpec::softmax(linear, top_k, false) })
+    Ok(RouterSpec { is_module: false, ranking: Ranking::BestFirst, groups, scale, ..RouterSpec::softmax(linear, top_k, false) })
 }

@@ -48,6 +48,7 @@ pub(super) fn corrected_router(
         groups: groups(&config, n_experts)?,
         renormalise: (top_k > 1 && normalised).then_some(eps),
         scale,
+        is_module: false,
         ..RouterSpec::sigmoid(linear, top_k, Some(TensorSpec::new(bias, &[n_experts])))
     })
 }

@@ -98,6 +98,8 @@ pub struct SharedExpertSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterSpec {
     pub linear: LinearSpec,
+    /// The matrix is a linear in mlx-lm too; where it is a bare tensor there, adapters leave it out.
+    pub is_module: bool,
     /// `x` is normed without weights and multiplied by this and by `hidden_size^(-1/2)` before it is scored: `[hidden_size]` (Gemma 4).
     pub input_scale: Option<(TensorSpec, f32)>,
     pub top_k: u32,
@@ -173,6 +175,11 @@ impl FeedForward {
         }
     }
 
+    /// Whether the matrix at `path` is that of a router that is a bare tensor in mlx-lm.
+    pub fn router_is_tensor(&self, path: &str) -> bool {
+        self.experts().is_some_and(|moe| !moe.router.is_module && moe.router.linear.path == path)
+    }
+
     /// The experts, where there are some.
     pub fn experts(&self) -> Option<&MoeSpec> {
         match self {
@@ -234,6 +241,7 @@ impl RouterSpec {
     pub fn softmax(linear: LinearSpec, top_k: u32, renormalise: bool) -> Self {
         Self {
             linear,
+            is_module: true,
             input_scale: None,
             top_k,
             ranking: Ranking::BestLast,

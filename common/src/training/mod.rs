@@ -2,12 +2,14 @@
 
 pub mod batch;
 pub mod fine_tune;
+pub mod modules;
 pub mod optimizer;
 pub mod role;
 pub mod schedule;
 
 pub use batch::{MicroBatch, Row};
 pub use fine_tune::{FineTune, LoraParameters};
+pub use modules::{Module, ModuleShape, TrainedError, TrainedParameter};
 pub use optimizer::Optimizer;
 pub use role::{Parallel, TrainingRole};
 pub use schedule::{Decay, Schedule, Warmup};

@@ -5,7 +5,7 @@
 //! factors and takes the entries that belong to its part of the matrix: so gradients, added up over the group, are those of whole factors,
 //! however a block is split.
 
-use crate::{error::LmError, ffi, group::Group, linear::Matrix, random, weights::Weights};
+use crate::{error::LmError, ffi, group::Group, linear::Matrix, tuner::random, weights::Weights};
 use mlx_cluster_common::tensor::Cut;
 use mlx_rs::{Array, ops, stop_gradient};
 use std::{ops::Range, rc::Rc};
@@ -198,23 +198,24 @@ impl LowRankTable {
 }
 
 impl Dropout {
-    /// `x` `[tokens, 1, dims]`, rows one after the other; `inputs` says which entries of the last axis are here, of how many, when others are
+    /// `x` `[.., dims]` of all tokens, rows one after the other; `inputs` says which entries of the last axis are here, of how many, when others are
     /// elsewhere.
     fn apply(&self, x: &Array, path: &str, inputs: Option<&(Vec<Range<u32>>, i32)>) -> Result<Array, LmError> {
         let dims = inputs.map_or(x.dim(-1), |(_, dims)| *dims);
-        let rows = (self.first_row..).zip(&self.lengths);
-        let masks = rows.map(|(row, length)| {
-            let mask = random::kept(self.seed, path, (self.batch, row), &[*length, 1, dims], self.probability)?;
-            inputs.map_or(Ok(mask.clone()), |(ranges, _)| entries(&mask, 2, ranges))
-        });
-        let mask = ops::concatenate(&masks.collect::<Result<Vec<_>, LmError>>()?, 0)?;
-        self.masked(x, &mask)
+        let mask = self.draw(path).mask(&self.lengths, dims)?;
+        let mask = inputs.map_or(Ok(mask.clone()), |(ranges, _)| entries(&mask, 1, ranges))?;
+        self.masked(x, &mask.reshape(x.shape())?)
     }
 
     /// For routed rows, whose order follows from the router: one draw for all of them.
     fn apply_flat(&self, x: &Array, path: &str) -> Result<Array, LmError> {
-        let mask = random::kept(self.seed, path, (self.batch, self.first_row), x.shape(), self.probability)?;
-        self.masked(x, &mask)
+        let dims = x.dim(-1);
+        let mask = self.draw(path).mask(&[x.size() as i32 / dims], dims)?;
+        self.masked(x, &mask.reshape(x.shape())?)
+    }
+
+    fn draw<'a>(&self, path: &'a str) -> random::Dropout<'a> {
+        random::Dropout { seed: self.seed, name: path, batch: self.batch, first_row: self.first_row, rate: self.probability }
     }
 
     fn masked(&self, x: &Array, mask: &Array) -> Result<Array, LmError> {

@@ -24,6 +24,8 @@ pub enum LmError {
     OutOfStep { sequence: SequenceId, start: u32, held: u32 },
     #[error("the adapter of `{path}` cannot be used: {cause}")]
     Adapter { path: String, cause: String },
+    #[error("this model cannot be trained so: {0}")]
+    NotTrained(String),
     #[error("tensor-parallel group: {0}")]
     Group(String),
     #[error(transparent)]

@@ -302,6 +302,107 @@ pub fn form_group(name: &CStr, size: usize) -> Result<DistributedGroup, LmError>
     }
 }
 
+/// `array` as it is; its gradient becomes what `gradient` makes of it.
+pub fn with_gradient(array: &Array, gradient: impl Fn(&Array) -> Result<Array, LmError> + 'static) -> Result<Array, LmError> {
+    type Gradient = Box<dyn Fn(&Array) -> Result<Array, LmError>>;
+
+    /// Gives its arguments back.
+    unsafe extern "C" fn same(result: *mut mlx_sys::mlx_vector_array, arguments: mlx_sys::mlx_vector_array) -> std::ffi::c_int {
+        // SAFETY: MLX calls with a result to fill and valid arguments.
+        unsafe { mlx_sys::mlx_vector_array_set(result, arguments) }
+    }
+
+    unsafe extern "C" fn backward(
+        result: *mut mlx_sys::mlx_vector_array,
+        _primals: mlx_sys::mlx_vector_array,
+        cotangents: mlx_sys::mlx_vector_array,
+        _outputs: mlx_sys::mlx_vector_array,
+        payload: *mut c_void,
+    ) -> std::ffi::c_int {
+        // SAFETY: `payload` is the box made below, which lives until `free`; MLX calls with valid lists. Nothing unwinds through C: mlx-rs's
+        // operations in Result form do not panic.
+        unsafe {
+            let gradient = &*payload.cast::<Gradient>();
+            let cotangent = call("cotangent", |array, _| mlx_sys::mlx_vector_array_get(array, cotangents, 0));
+            match cotangent.and_then(|cotangent| gradient(&cotangent)) {
+                Ok(made) => mlx_sys::mlx_vector_array_set_value(result, made.as_ptr()),
+                Err(error) => {
+                    tracing::error!(%error, "a gradient");
+                    1
+                }
+            }
+        }
+    }
+
+    unsafe extern "C" fn free(payload: *mut c_void) {
+        // SAFETY: MLX frees the payload once, when nothing refers to the function any more.
+        drop(unsafe { Box::from_raw(payload.cast::<Gradient>()) });
+    }
+
+    let payload: *mut Gradient = Box::into_raw(Box::new(Box::new(gradient)));
+    let mut made = call_many("custom_vjp", |result, _| {
+        // SAFETY: the closures are freed after the call; MLX holds what it needs of them in the graph, the payload by its own count.
+        unsafe {
+            let forward = mlx_sys::mlx_closure_new_func(Some(same));
+            let backward = mlx_sys::mlx_closure_custom_new_func_payload(Some(backward), payload.cast(), Some(free));
+            let mut function = mlx_sys::mlx_closure_new();
+            let arguments = mlx_sys::mlx_vector_array_new_value(array.as_ptr());
+            let status = match mlx_sys::mlx_custom_vjp(&mut function, forward, backward) {
+                0 => mlx_sys::mlx_closure_apply(result, function, arguments),
+                status => status,
+            };
+            mlx_sys::mlx_vector_array_free(arguments);
+            mlx_sys::mlx_closure_free(function);
+            mlx_sys::mlx_closure_custom_free(backward);
+            mlx_sys::mlx_closure_free(forward);
+            status
+        }
+    })?;
+    made.pop().ok_or_else(|| LmError::Mlx("custom_vjp gave nothing".into()))
+}
+
+/// A gradient that is known later than the graph that it flows into.
+///
+/// MLX wants cotangents when it differentiates. A stage of a pipeline differentiates when it runs forward, so that nothing is computed twice,
+/// and is told its cotangents when later stages are done.
+#[derive(Debug)]
+pub struct Deferred(Array);
+
+impl Deferred {
+    /// Zeros until [`fill`](Self::fill).
+    pub fn new(shape: &[i32], dtype: Dtype) -> Result<Self, LmError> {
+        let array = ops::zeros_dtype(shape, dtype)?;
+        array.eval()?;
+        Ok(Self(array))
+    }
+
+    /// For graphs that are evaluated after [`fill`](Self::fill) alone.
+    pub fn array(&self) -> &Array {
+        &self.0
+    }
+
+    /// Says what it is. Whatever was built on it must not have been evaluated, which the caller sees to.
+    pub fn fill(self, value: &Array) -> Result<(), LmError> {
+        if (value.shape(), value.dtype()) != (self.0.shape(), self.0.dtype()) {
+            return Err(LmError::WrongInput {
+                wanted: format!("a gradient {:?} {:?}", self.0.dtype(), self.0.shape()),
+                found: format!("{:?} {:?}", value.dtype(), value.shape()),
+            });
+        }
+        let bytes = array_to_bytes(value)?;
+        // SAFETY: the array was evaluated when it was made, so its data is `nbytes` initialised bytes in a buffer of its own; nothing that reads
+        // it has run yet, and none runs during the call.
+        unsafe {
+            let data = mlx_sys::mlx_array_data_uint8(self.0.as_ptr());
+            if data.is_null() || bytes.len() != self.0.nbytes() {
+                return Err(LmError::Mlx("an evaluated array has no data".into()));
+            }
+            std::slice::from_raw_parts_mut(data.cast_mut(), bytes.len()).copy_from_slice(&bytes);
+        }
+        Ok(())
+    }
+}
+
 /// `array` as it is, but not before `first` has been computed.
 pub fn after(array: &Array, first: &Array) -> Result<Array, LmError> {
     let mut arrays = call_many("depends", |result, _| {

@@ -7,7 +7,7 @@ use crate::{
 use mlx_cluster_common::{plan::Collective, tensor::TensorPlace};
 use mlx_rs::{Array, ops};
 use std::{
-    cell::{OnceCell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     ffi::CStr,
     ops::Range,
     path::Path,
@@ -56,12 +56,6 @@ pub fn collectives_wait_for(array: &Array) {
     });
 }
 
-fn ordered(array: &Array, collective: impl FnOnce(&Array) -> Result<Array, LmError>) -> Result<Array, LmError> {
-    let made = collective(&after_collectives(array)?)?;
-    collectives_wait_for(&made);
-    Ok(made)
-}
-
 /// The ranks of a stage. Blocks are built with it before it has formed; a collective before that is an error. Clones are the same group.
 #[derive(Debug, Clone)]
 pub struct Group(Rc<Inner>);
@@ -70,11 +64,13 @@ pub struct Group(Rc<Inner>);
 struct Inner {
     place: TensorPlace,
     formed: OnceCell<DistributedGroup>,
+    /// Gradients go through its collectives.
+    trains: Cell<bool>,
 }
 
 impl Group {
     pub fn new(place: TensorPlace) -> Self {
-        Self(Rc::new(Inner { place, formed: OnceCell::new() }))
+        Self(Rc::new(Inner { place, formed: OnceCell::new(), trains: Cell::new(false) }))
     }
 
     /// Connects to the other ranks; `addresses` are where each listens, by rank. Waits for ever for a rank that does not come: the caller
@@ -96,6 +92,15 @@ impl Group {
         self.0.formed.set(group).map_err(|_| LmError::Group("the group has formed before".into()))
     }
 
+    /// From now on collectives are differentiated as what they are: functions of what every rank has. A rank's gradient is then that of the sum
+    /// of all ranks' outcomes by its own copy of a parameter.
+    ///
+    /// MLX differentiates a sum as if the outcome counted once, which leaves to each block where gradients have to be added up again. This way
+    /// the transpose of each collective is in one place, and blocks know nothing of it.
+    pub fn train(&self) {
+        self.0.trains.set(true);
+    }
+
     pub fn rank(&self) -> u32 {
         self.0.place.rank
     }
@@ -107,7 +112,25 @@ impl Group {
     /// The sum over all ranks, the same bits on each.
     pub fn all_sum(&self, array: &Array) -> Result<Array, LmError> {
         let group = self.formed()?;
-        ordered(array, |array| ffi::all_sum(array, group))
+        self.ordered(array, |array| ffi::all_sum(array, group))
+    }
+
+    /// A collective after those before it, through which gradients go as [`train`](Self::train) says.
+    fn ordered(&self, array: &Array, collective: impl FnOnce(&Array) -> Result<Array, LmError>) -> Result<Array, LmError> {
+        let made = collective(&after_collectives(array)?)?;
+        let made = if self.0.trains.get() { self.sums_gradients(&made)? } else { made };
+        collectives_wait_for(&made);
+        Ok(made)
+    }
+
+    /// `array`, whose gradient is the sum of all ranks' gradients.
+    fn sums_gradients(&self, array: &Array) -> Result<Array, LmError> {
+        let group = self.clone();
+        ffi::with_gradient(array, move |gradient| {
+            let made = ffi::all_sum(&after_collectives(gradient)?, group.formed()?)?;
+            collectives_wait_for(&made);
+            Ok(made)
+        })
     }
 
     /// What rank 0 has, on every rank: for numbers that the ranks could compute differently.
@@ -125,7 +148,7 @@ impl Group {
         let padded = if own == longest { flat } else { ops::pad(&flat, &[(0, 0), (0, longest - own)], None, None)? };
         let rows = padded.dim(0);
         let group = self.formed()?;
-        let all = ordered(&padded.expand_dims(0)?, |array| ffi::all_gather(array, group))?;
+        let all = self.ordered(&padded.expand_dims(0)?, |array| ffi::all_gather(array, group))?;
         let part = |(rank, length): (i32, &i32)| {
             ffi::slice(&all, &[rank, 0, 0], &[rank + 1, rows, *length])?.reshape(&[rows, *length]).map_err(LmError::from)
         };

@@ -12,7 +12,6 @@ pub mod linear;
 pub mod packing;
 pub mod parameters;
 pub mod probe;
-pub mod random;
 pub mod rope;
 pub mod sample;
 mod sequences;

@@ -40,6 +40,12 @@ impl Matrix {
         Ok(Matrix::Quantised { weight, scales, biases, scheme })
     }
 
+    /// Of weights that go on being used.
+    pub(crate) fn of(weights: &Weights, path: &str, quantization: &Quantization) -> Result<Self, LmError> {
+        let names = ["weight", "scales", "biases"].map(|name| format!("{path}.{name}"));
+        Self::load(&mut weights.only(names.iter().map(String::as_str)), path, quantization)
+    }
+
     /// As numbers, `[.., output, input]`.
     pub(crate) fn dense(&self) -> Result<Array, LmError> {
         match self {

@@ -44,6 +44,22 @@ impl Packing {
         Self { spans, batch, length, offsets: Array::from_slice(&positions, &[batch]) }
     }
 
+    /// Whole sequences of these lengths, numbered from 0.
+    pub fn whole(lengths: &[i32]) -> Self {
+        let mut row = 0;
+        let mut spans = Vec::with_capacity(lengths.len());
+        for (sequence, length) in (0..).zip(lengths) {
+            spans.push(Span { sequence: SequenceId(sequence), row, length: *length });
+            row += length;
+        }
+        let (batch, length) = if lengths.len() == 1 { (1, row) } else { (row, 1) };
+        let positions: Vec<i32> = match lengths {
+            [_] => vec![0],
+            lengths => lengths.iter().flat_map(|length| 0..*length).collect(),
+        };
+        Self { spans, batch, length, offsets: Array::from_slice(&positions, &[batch]) }
+    }
+
     /// Tokens of the step.
     pub fn tokens(&self) -> i32 {
         self.batch * self.length

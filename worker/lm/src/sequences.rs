@@ -119,6 +119,12 @@ pub(crate) struct StepCaches {
 }
 
 impl StepCaches {
+    /// Those of sequences that begin and end with the step.
+    pub(crate) fn fresh(sequences: impl Iterator<Item = SequenceId>, slots: &CacheSlots) -> Self {
+        let caches: Vec<Cache> = slots.empty.iter().cloned().map(Cache::exact).collect();
+        Self { taken: sequences.map(|id| (id, Sequence { length: 0, caches: caches.clone() })).collect() }
+    }
+
     /// Those of one layer (counted from the stage's first); none when it has no cache.
     pub(crate) fn of_layer(&mut self, slots: &CacheSlots, layer: usize) -> Vec<&mut Cache> {
         match slots.of_layer.get(layer).copied().flatten() {

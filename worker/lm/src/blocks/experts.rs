@@ -12,7 +12,7 @@ use mlx_cluster_common::spec::{
     Activation, ExpertInputs, ExpertMlpSpec, GroupScore, MoeSpec, Quantization, Ranking, RouterGroups, RouterPrecision, RouterScores,
     RouterSpec,
 };
-use mlx_rs::{Array, Dtype, fast, ops};
+use mlx_rs::{Array, Dtype, fast, ops, stop_gradient};
 use std::ops::Range;
 
 /// From this many routed rows on, rows are sorted by expert, so that each expert's weights are read once (as in mlx-lm).
@@ -143,7 +143,8 @@ impl Router {
     /// The experts of each token `[B, L, k]` and their weights.
     fn route(&self, x: &Array) -> Result<(Array, Array), LmError> {
         let scores = self.scores(x)?;
-        let indices = self.pick(&scores)?;
+        // Which experts were picked has no gradient; how they are weighed has.
+        let indices = stop_gradient(self.pick(&scores)?)?;
         let mut weights = scores.take_along_axis(&indices, -1)?;
         if self.scores == RouterScores::SoftmaxOfPicked {
             weights = ops::softmax_axis(&weights, -1, true)?;

@@ -132,6 +132,13 @@ impl KvCache {
         }
     }
 
+    /// Holds what comes first as it is, without room for more.
+    pub(super) fn make_exact(&mut self) {
+        if let History::Sliding(sliding) = &mut self.history {
+            sliding.is_exact = true;
+        }
+    }
+
     /// Tokens that were appended and not taken back.
     pub fn length(&self) -> i32 {
         self.history.end()

@@ -28,6 +28,16 @@ impl Cache {
         }
     }
 
+    /// The same for what is read once, as in training: holds what comes first as it is, without room for more.
+    pub fn exact(mut self) -> Self {
+        match &mut self {
+            Cache::Attention(cache) => cache.make_exact(),
+            Cache::Recurrent(_) => {}
+            Cache::Several(caches) => caches.iter_mut().for_each(|cache| *cache = std::mem::take(cache).exact()),
+        }
+        self
+    }
+
     /// Whether the last `n` tokens can be taken back: states of fixed size have forgotten what was before, and so has a window that moved on
     /// and what was quantised since.
     pub fn can_trim(&self, n: i32) -> bool {
@@ -53,6 +63,12 @@ impl Cache {
             }),
         }
         true
+    }
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Cache::Several(Vec::new())
     }
 }
 

@@ -17,6 +17,8 @@ pub(super) struct Sliding {
     pub(super) end: i32,
     /// How many tokens each token sees, itself included.
     pub(super) window: Option<i32>,
+    /// What comes first is held as it is, without room for more: for what is read once, as in training.
+    pub(super) is_exact: bool,
 }
 
 impl Sliding {
@@ -28,6 +30,10 @@ impl Sliding {
         let n = new.capacity();
         let rows = match self.rows.take() {
             Some(rows) => self.make_room(rows, n)?,
+            None if self.is_exact => {
+                (self.rows, self.end) = (Some(new.clone()), self.end + n);
+                return Ok(());
+            }
             None => new.room(rounded(n))?,
         };
         self.rows = Some(rows.write(new, self.end - self.start)?);

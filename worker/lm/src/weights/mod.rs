@@ -107,6 +107,12 @@ impl Weights {
         Self { arrays: all, bytes_read: self.bytes_read, rank: self.rank.clone(), adaption: self.adaption.clone() }
     }
 
+    /// Those of these names that are here; the arrays are shared.
+    pub(crate) fn only<'a>(&self, names: impl Iterator<Item = &'a str>) -> Self {
+        let arrays = names.filter_map(|name| Some((name.to_owned(), self.arrays.get(name)?.clone()))).collect();
+        Self { arrays, bytes_read: self.bytes_read, rank: self.rank.clone(), adaption: self.adaption.clone() }
+    }
+
     pub(crate) fn adaption(&self) -> Option<&Adaption> {
         self.adaption.as_ref()
     }
