@@ -2,6 +2,7 @@
 
 pub mod convert;
 mod links;
+mod training;
 pub mod net;
 
 /// The generated messages, clients and servers.
