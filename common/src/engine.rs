@@ -5,6 +5,7 @@ use crate::{
     ids::{EngineId, Epoch, NodeId},
     plan::Collective,
     tensor::TensorPlace,
+    training::TrainingRole,
     units::Bytes,
 };
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,7 @@ impl std::fmt::Display for ModelSource {
 }
 
 /// One shard that a worker shall keep an engine for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EngineSpec {
     pub id: EngineId,
     pub model: ModelSource,
@@ -56,6 +57,8 @@ pub struct EngineSpec {
     /// All workers that may hold or fetch tensors of the model, this one too: first those of the plan, engine by engine. The same order for
     /// all engines of a plan, so that all agree who fetches what.
     pub weight_peers: Vec<WeightPeer>,
+    /// What it trains; None: it serves.
+    pub training: Option<TrainingRole>,
 }
 
 /// A worker as a source of weights.
@@ -86,14 +89,16 @@ impl EngineSpec {
 
 /// Connects an engine to its neighbours for one epoch; all sequences of earlier epochs are dropped.
 ///
-/// Rank 0 of a stage takes the steps from rank 0 of the stage before, hands each to the other ranks of its own stage as it came, and what
-/// its stage makes of it on to the next.
+/// Where engines serve, rank 0 of a stage takes the steps from rank 0 of the stage before, hands each to the other ranks of its own stage as
+/// it came, and what its stage makes of it on to the next. Where they train, each gets its batches from outside, and exchanges activations and
+/// cotangents with the rank of its own number in the stages before and after.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     pub epoch: Epoch,
-    /// For rank 0: the engine of rank 0 of the next stage, or the lead when this is the last stage. None when there is one stage.
+    /// To serve, for rank 0: the engine of rank 0 of the next stage, or the lead when this is the last stage. To train, for each rank: the
+    /// engine of this rank of the next stage, none for the last stage. None when there is one stage.
     pub next: Option<Peer>,
-    /// For rank 0: the engines of the stage's other ranks, by rank.
+    /// To serve, for rank 0: the engines of the stage's other ranks, by rank. None to train.
     pub ranks: Vec<Peer>,
     /// None when the stage has one rank.
     pub group: Option<GroupLink>,

@@ -56,6 +56,16 @@ number_id! {
     SequenceId
 }
 number_id! {
+    /// One model that the cluster runs: the served one, or the one of a training job.
+    InstanceId
+}
+
+impl InstanceId {
+    /// The model that answers requests; training jobs have other numbers.
+    pub const SERVED: Self = Self(0);
+}
+
+number_id! {
     /// One linking-up of an instance's engines. Raised whenever an engine is replaced; what carries an older one is refused.
     Epoch
 }

@@ -4,7 +4,8 @@ use crate::{
     core::{
         Now,
         cluster::Cluster,
-        event::{Effect, Event, Settings},
+        event::{ClusterFailure, Effect, Event},
+        settings::{InstanceSettings, Kind, ModelFacts, Settings},
     },
     discovery::{
         Peer,
@@ -13,15 +14,18 @@ use crate::{
     },
     error::CoordinatorError,
     links::{Desired, Links, Note, engine::LinkCall, session::SessionCall, session::SessionHandle},
-    model::LoadedModel,
+    loading::{LoadAnswer, LoadError, LoadRequest, Read, Reading},
+    model::{LoadedModel, ModelError},
     report::{Report, Reporter},
-    serving::{ClusterStatus, InstanceState, RequestEvent, ServedModel, ServingCommand},
+    runners::Runners,
+    serving::{ClusterStatus, InstanceState, RequestEvent, RunnerNote, ServedModel, ServingCommand},
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use mlx_cluster_common::ids::{NodeId, SequenceId};
+use mlx_cluster_common::ids::{InstanceId, NodeId, SequenceId};
 use mlx_cluster_proto::wire::Hello;
 use std::{
     collections::{BTreeMap, VecDeque},
+    path::PathBuf,
     pin::Pin,
     sync::Arc,
     time::Duration,
@@ -46,7 +50,14 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 /// What the driver is made of.
 pub(crate) struct Parts {
     pub(crate) settings: Settings,
+    /// How models are spread unless somebody asks for another way.
+    pub(crate) defaults: InstanceSettings,
+    /// What is served from the start.
+    pub(crate) start: Option<Arc<ModelFacts>>,
+    /// What clients need of the model that is served.
     pub(crate) model: Option<LoadedModel>,
+    /// The folder for this machine's own state.
+    pub(crate) home: PathBuf,
     pub(crate) hello: Hello,
     pub(crate) rank: Rank,
     pub(crate) join_addresses: Vec<String>,
@@ -79,6 +90,10 @@ pub(crate) struct Driver {
     /// One for each client; resolves when it is gone or its request is over.
     gone: FuturesUnordered<Gone>,
     sequences: u64,
+    runners: Runners,
+    reading: Option<Reading>,
+    /// Who waits for the served model to be gone, and what it is called.
+    unloading: Vec<(LoadAnswer, String)>,
     drained: Vec<oneshot::Sender<()>>,
     failure: Option<CoordinatorError>,
     held: BTreeMap<NodeId, (Now, String)>,
@@ -99,6 +114,8 @@ enum Input {
     Joined(Option<Peer>),
     Found(Option<Found>),
     Gone(SequenceId),
+    RunnerGone(InstanceId),
+    Read(Result<LoadedModel, ModelError>),
     Stop,
     Tick,
 }
@@ -106,8 +123,12 @@ enum Input {
 impl Driver {
     pub(crate) fn new(parts: Parts) -> Self {
         let (notes, receiver) = mpsc::channel(1024);
+        let cluster = match &parts.start {
+            Some(model) => Cluster::serving(parts.settings.clone(), Arc::clone(model), parts.defaults.clone()),
+            None => Cluster::idle(parts.settings.clone()),
+        };
         Self {
-            cluster: Cluster::new(parts.settings.clone()),
+            cluster,
             links: Links::new(parts.hello.clone(), notes),
             parts,
             started: Instant::now(),
@@ -116,6 +137,9 @@ impl Driver {
             clients: BTreeMap::new(),
             gone: FuturesUnordered::new(),
             sequences: 0,
+            runners: Runners::default(),
+            reading: None,
+            unloading: Vec::new(),
             drained: Vec::new(),
             failure: None,
             held: BTreeMap::new(),
@@ -155,6 +179,8 @@ impl Driver {
         tokio::select! {
             note = self.notes.recv() => Input::Note(note),
             Some(sequence) = self.gone.next(), if !self.gone.is_empty() => Input::Gone(sequence),
+            instance = self.runners.next_gone() => Input::RunnerGone(instance),
+            read = read(&mut self.reading) => Input::Read(read),
             command = self.parts.commands.recv(), if !self.parts.commands.is_closed() => Input::Command(command),
             peer = self.parts.joined.recv(), if !self.parts.joined.is_closed() => Input::Joined(peer),
             found = self.parts.found.recv(), if !self.parts.found.is_closed() => Input::Found(found),
@@ -166,14 +192,9 @@ impl Driver {
     /// The core's event, for inputs that concern it.
     fn event(&mut self, input: Input) -> Option<Event> {
         match input {
-            Input::Command(Some(ServingCommand::Submit { request, events })) => {
-                let sequence = self.add_client(events);
-                Some(Event::Submitted { sequence, request })
-            }
-            Input::Command(Some(ServingCommand::Drain { done })) => {
-                self.drained.push(done);
-                Some(Event::Drain { limit: ASKED_DRAIN })
-            }
+            Input::Command(Some(command)) => self.command(command),
+            Input::RunnerGone(instance) => Some(Event::Stop { instance }),
+            Input::Read(read) => self.read(read),
             Input::Note(Some(Note::Event(event))) => Some(event),
             Input::Note(Some(Note::Held { node, message })) => self.held(node, message),
             Input::Note(Some(Note::LinkEnded(node))) => {
@@ -194,6 +215,79 @@ impl Driver {
             Input::Tick => Some(Event::Tick),
             Input::Command(None) | Input::Note(None) | Input::Joined(None) | Input::Found(None) => None,
         }
+    }
+
+    fn command(&mut self, command: ServingCommand) -> Option<Event> {
+        match command {
+            ServingCommand::Submit { request, events } => {
+                let sequence = self.add_client(events);
+                Some(Event::Submitted { sequence, request })
+            }
+            ServingCommand::Drain { done } => {
+                self.drained.push(done);
+                Some(Event::Drain { limit: ASKED_DRAIN })
+            }
+            ServingCommand::Load { request, answer } => {
+                self.load(request, answer);
+                None
+            }
+            ServingCommand::Unload { answer } => self.unload(answer),
+            ServingCommand::StartJob { instance, facts, settings, notes } => {
+                if instance == InstanceId::SERVED || self.cluster.has(instance) {
+                    // A runner reads the end of its notes as the end of its engines.
+                    tracing::error!(%instance, "a job asked for the number of another instance");
+                    return None;
+                }
+                self.runners.add(instance, notes);
+                Some(Event::Start { instance, kind: Kind::Training(facts), settings })
+            }
+            ServingCommand::Broken { instance, epoch, node, message } => Some(Event::SessionBroken { instance, epoch, node, message }),
+            ServingCommand::StopJob { instance } => (instance != InstanceId::SERVED).then_some(Event::Stop { instance }),
+        }
+    }
+
+    /// The name of the model that is served or shall be.
+    fn served_name(&self) -> String {
+        self.parts.model.as_ref().map(|model| model.facts.name.clone()).unwrap_or_default()
+    }
+
+    fn load(&mut self, request: LoadRequest, answer: LoadAnswer) {
+        let refused = match &self.reading {
+            Some(reading) => Some(LoadError::BeingRead { model: reading.model().to_owned() }),
+            None if self.cluster.has(InstanceId::SERVED) => Some(LoadError::ServedAlready { model: self.served_name() }),
+            None => None,
+        };
+        match refused {
+            // Who asked may be gone.
+            Some(error) => drop(answer.send(Err(error))),
+            None => self.reading = Some(Reading::start(request, answer, self.parts.home.clone())),
+        }
+    }
+
+    fn read(&mut self, read: Result<LoadedModel, ModelError>) -> Option<Event> {
+        let Read { model, settings } = self.reading.take()?.finish(read, &self.parts.defaults)?;
+        let kind = Kind::Serving(Arc::clone(&model.facts));
+        self.parts.model = Some(model);
+        Some(Event::Start { instance: InstanceId::SERVED, kind, settings })
+    }
+
+    fn unload(&mut self, answer: LoadAnswer) -> Option<Event> {
+        let instance = InstanceId::SERVED;
+        if let Some(reading) = self.reading.take() {
+            // Who asked may be gone.
+            drop(answer.send(Ok(reading.model().to_owned())));
+            reading.call_off();
+            return None;
+        }
+        if self.cluster.has(instance) {
+            self.unloading.push((answer, self.served_name()));
+            return Some(Event::Stop { instance });
+        }
+        // One that failed to start is not there any more, but the state tells of it.
+        let failed = matches!(self.cluster.instance_state(), InstanceState::Failed { .. });
+        let answered = if failed { Ok(self.served_name()) } else { Err(LoadError::NothingServed) };
+        drop(answer.send(answered));
+        failed.then_some(Event::Stop { instance })
     }
 
     fn add_client(&mut self, events: mpsc::Sender<RequestEvent>) -> SequenceId {
@@ -267,9 +361,9 @@ impl Driver {
             Effect::SetDesired { node, version, engines, neighbours } => {
                 self.links.set_desired(&node, Desired { version, engines, neighbours });
             }
-            Effect::Link { epoch, engine, name, addresses, link } => {
-                tracing::debug!(%epoch, engine, name, ?addresses, "link");
-                self.links.link(LinkCall { epoch, engine, name, addresses, link });
+            Effect::Link { instance, epoch, engine, name, addresses, link } => {
+                tracing::debug!(%instance, %epoch, engine, name, ?addresses, "link");
+                self.links.link(LinkCall { instance, epoch, engine, name, addresses, link });
             }
             Effect::OpenSession { epoch, name, addresses } => {
                 self.session = Some(self.links.open_session(SessionCall { epoch, name, addresses }));
@@ -279,18 +373,43 @@ impl Driver {
                 let session = self.session.as_ref()?;
                 if !session.send(command) {
                     let message = "its engine takes no more requests".to_owned();
-                    return Some(Event::SessionBroken { epoch: session.epoch, node: None, message });
+                    return Some(Event::SessionBroken { instance: InstanceId::SERVED, epoch: session.epoch, node: None, message });
                 }
             }
             Effect::Answer { sequence, event } => return self.answer(sequence, event),
-            Effect::Planned(plan) => {
+            Effect::Planned { instance, plan } if instance != InstanceId::SERVED => {
+                return self.tell_runner(instance, RunnerNote::Planned(plan));
+            }
+            Effect::Planned { plan, .. } => {
                 let served = self.parts.model.as_ref().map(|model| Arc::new(model.served(plan.context_tokens)));
                 self.parts.served.send_replace(served);
                 (self.parts.reporter)(Report::Planned(plan));
             }
+            Effect::TrainingReady { instance, epoch, engines } => return self.tell_runner(instance, RunnerNote::Ready { epoch, engines }),
+            Effect::TrainingBroken { instance, epoch, cause } => return self.tell_runner(instance, RunnerNote::Broken { epoch, cause }),
+            Effect::InstanceEnded { instance, failure } if instance != InstanceId::SERVED => {
+                return self.tell_runner(instance, RunnerNote::Ended { failure });
+            }
+            Effect::InstanceEnded { failure, .. } => self.served_ended(failure.as_ref()),
             Effect::End(_) => {}
         }
         None
+    }
+
+    /// A job whose runner does not listen is stopped.
+    fn tell_runner(&mut self, instance: InstanceId, note: RunnerNote) -> Option<Event> {
+        (!self.runners.tell(instance, note)).then_some(Event::Stop { instance })
+    }
+
+    fn served_ended(&mut self, failure: Option<&ClusterFailure>) {
+        self.parts.served.send_replace(None);
+        for (answer, name) in self.unloading.drain(..) {
+            // Who asked may be gone.
+            drop(answer.send(Ok(name)));
+        }
+        if let Some(failure) = failure {
+            tracing::warn!(%failure, "the model is not served");
+        }
     }
 
     /// A client that does not read as fast as tokens come is given up once its channel is full.
@@ -335,5 +454,13 @@ impl Driver {
         self.shown.hinted = true;
         let join_address = self.parts.join_addresses.first().cloned().unwrap_or_default();
         (self.parts.reporter)(Report::Waiting { found, wanted, cluster: self.parts.settings.cluster.clone(), join_address });
+    }
+}
+
+/// The model that is being read, once it is; never when there is none.
+async fn read(reading: &mut Option<Reading>) -> Result<LoadedModel, ModelError> {
+    match reading {
+        Some(reading) => reading.read().await,
+        None => std::future::pending().await,
     }
 }

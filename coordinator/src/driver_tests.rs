@@ -1,7 +1,7 @@
 //! The driver with everything around it on loopback: workers join, engines are linked, tokens come, things break.
 
 use crate::{
-    core::world::settings,
+    core::world::{Start, start},
     discovery::{
         mdns::Found,
         rivals::{self, Rank, Rival},
@@ -41,9 +41,13 @@ struct Coordinator {
 
 impl Coordinator {
     async fn start(workers: usize) -> Self {
+        Self::start_with(start(workers, Strategy::Pipeline)).await
+    }
+
+    async fn start_with(start: Start) -> Self {
         let listener = net::listen(SocketAddr::from(([127, 0, 0, 1], 0))).await.expect("a port");
         let address = listener.local_addr().expect("bound");
-        let settings = settings(workers, Strategy::Pipeline);
+        let Start { settings, model, own } = start;
         let rank = Rank { started_ms: 100, id: NodeId("coordinator-id".into()) };
         let hello = Hello::new(&settings.cluster, &rank.id, "studio");
         let (commands, commands_out) = mpsc::channel(16);
@@ -54,6 +58,7 @@ impl Coordinator {
             cluster: settings.cluster.clone(),
             instance: InstanceState::Idle,
             plan: None,
+            jobs: Vec::new(),
             workers: Vec::new(),
             load: EngineLoad::default(),
             join_addresses: Vec::new(),
@@ -63,7 +68,10 @@ impl Coordinator {
         tokio::spawn(grpc::serve(listener, hello.clone(), joined, stop.clone()));
         let driver = Driver::new(Parts {
             settings,
+            defaults: own,
+            start: model,
             model: None,
+            home: std::path::PathBuf::new(),
             hello,
             rank,
             join_addresses: vec![address.to_string()],

@@ -16,13 +16,16 @@ mod error;
 mod fakes;
 mod grpc;
 mod links;
+mod loading;
 pub mod model;
 mod plan_only;
 pub mod report;
 mod run;
+mod runners;
 pub mod serving;
 
 pub use cluster_file::{ClusterFacts, ClusterFileError, read_cluster_file};
 pub use error::{CoordinatorError, ErrorKind};
+pub use loading::{LoadAnswer, LoadError, LoadRequest};
 pub use plan_only::{PlanNodes, PlanOnlyOptions, plan_only};
 pub use run::{CoordinatorOptions, run, run_with};

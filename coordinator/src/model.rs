@@ -5,7 +5,7 @@ use crate::{
         template::{ChatTemplate, TemplateError},
         tokenizer::{ChatTokenizer, TokenizerError},
     },
-    core::{event::ServedFacts, placement::Reckoned},
+    core::{placement::Reckoned, settings::ModelFacts},
     serving::ServedModel,
 };
 use mlx_cluster_common::{
@@ -61,7 +61,7 @@ impl ModelError {
 /// A model, read and checked as far as possible without its weights.
 #[derive(Debug)]
 pub struct LoadedModel {
-    pub facts: Arc<ServedFacts>,
+    pub facts: Arc<ModelFacts>,
     tokenizer: Arc<ChatTokenizer>,
     template: Option<ChatTemplate>,
     created: u64,
@@ -88,20 +88,20 @@ pub async fn load(argument: &str, home: &Path) -> Result<LoadedModel, ModelError
 }
 
 /// What the planner needs: no tokenizer, no template.
-pub async fn load_facts(argument: &str) -> Result<ServedFacts, ModelError> {
+pub async fn load_facts(argument: &str) -> Result<ModelFacts, ModelError> {
     let model = ModelRef::parse(argument)?;
     let snapshot = Snapshot::open(&model, &HubSettings::from_env(), &|_| {}).await?;
     facts(&model.display_name(), &snapshot).await
 }
 
-async fn facts(name: &str, snapshot: &Snapshot) -> Result<ServedFacts, ModelError> {
+async fn facts(name: &str, snapshot: &Snapshot) -> Result<ModelFacts, ModelError> {
     let spec = read_spec(&snapshot.config()?).map_err(|source| ModelError::Config { model: name.to_owned(), source })?;
     let index = snapshot.weight_index().await?;
     let weights = WeightMap::assign(&spec, &index).map_err(|source| ModelError::Weights { model: name.to_owned(), source })?;
     let path = snapshot.folder().join("config.json");
     let config = tokio::fs::read(&path).await.map_err(|source| ModelError::Read { path, source })?;
     let fingerprint = index.fingerprint(&config);
-    Ok(ServedFacts { name: name.to_owned(), source: source(snapshot.model()), spec, weights, fingerprint, reckoned: Reckoned::default() })
+    Ok(ModelFacts { name: name.to_owned(), source: source(snapshot.model()), spec, weights, fingerprint, reckoned: Reckoned::default() })
 }
 
 /// What to tell workers: a folder by its whole path, a repository at its commit.

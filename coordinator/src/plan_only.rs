@@ -4,8 +4,9 @@ use crate::{
     cluster_file::ClusterFacts,
     core::{
         cluster::Cluster,
-        event::{Effect, Settings},
+        event::Effect,
         placement::{self, PlanOptions},
+        settings::Settings,
     },
     discovery::mdns::{Found, Mdns, watch as watch_mdns},
     error::CoordinatorError,
@@ -16,7 +17,7 @@ use mlx_cluster_common::{
     cache::CacheOptions,
     engine::NodeFacts,
     ids::{ClusterName, NodeId},
-    plan::{Collective, Optimize, Plan, Strategy, ToldStage},
+    plan::{Optimize, Plan, Strategy, ToldStage},
     units::Bytes,
 };
 use mlx_cluster_proto::wire::Hello;
@@ -101,7 +102,7 @@ async fn discover(cluster: &ClusterName, wait: Duration) -> Result<ClusterFacts,
     let listening = tokio::spawn(watch_mdns(services, hello.clone(), found));
     let mut links = Links::new(hello, notes);
     // The core of a coordinator that serves nothing: it has the workers measure the ways between them.
-    let mut core = Cluster::new(idle(cluster, &id));
+    let mut core = Cluster::idle(settings(cluster, &id));
     let mut cause = format!("no worker of cluster `{cluster}` answered within {} s", wait.as_secs());
     let start = Instant::now();
     loop {
@@ -131,19 +132,6 @@ async fn discover(cluster: &ClusterName, wait: Duration) -> Result<ClusterFacts,
     if nodes.is_empty() { Err(CoordinatorError::NoNodes { cause }) } else { Ok(ClusterFacts { nodes, links: status.links }) }
 }
 
-fn idle(cluster: &ClusterName, id: &str) -> Settings {
-    Settings {
-        cluster: cluster.0.clone(),
-        run: id.chars().take(8).collect(),
-        model: None,
-        min_workers: 1,
-        strategy: Strategy::Auto,
-        split: None,
-        stages: None,
-        collective: Collective::Auto,
-        optimize: Optimize::Latency,
-        context_tokens: None,
-        caches: CacheOptions::default(),
-        wait: None,
-    }
+fn settings(cluster: &ClusterName, id: &str) -> Settings {
+    Settings { cluster: cluster.0.clone(), run: id.chars().take(8).collect(), min_workers: 1, wait: None }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     api,
-    core::{event::Settings, placement},
+    core::settings::{InstanceSettings, Settings},
     discovery::{
         interfaces::{own_addresses, reachable},
         mdns::{Announcement, Mdns, watch as watch_mdns},
@@ -10,7 +10,7 @@ use crate::{
     },
     driver::{Driver, Parts},
     error::CoordinatorError,
-    grpc, model,
+    grpc, loading, model,
     report::{self, Reporter},
     serving::{ClusterStatus, InstanceState, Serving},
 };
@@ -149,9 +149,9 @@ async fn serve(
             Some(model) => Some(model?),
         },
     };
+    let defaults = defaults(options);
     if let Some(model) = &model {
-        placement::check_split(model.facts.spec.n_layers(), options.split.as_deref())?;
-        placement::check_stages(&model.facts.spec, options.stages.as_deref(), options.strategy)?;
+        loading::check(model, &defaults)?;
     }
     let id = uuid::Uuid::new_v4().simple().to_string();
     let name = options.name.clone().unwrap_or_else(host_name);
@@ -167,10 +167,13 @@ async fn serve(
     let (found, found_out) = mpsc::channel(FOUND);
     let discovery = Discovery::start(&announcement, hello.clone(), found);
 
-    let settings = settings(options, &id, model.as_ref());
+    let start = model.as_ref().map(|model| Arc::clone(&model.facts));
     let driver = Driver::new(Parts {
-        settings,
+        settings: settings(options, &id),
+        defaults,
+        start,
         model,
+        home: options.home.clone(),
         hello,
         rank,
         join_addresses: reachable(listener, &own_addresses()),
@@ -215,12 +218,18 @@ impl Discovery {
     }
 }
 
-fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::LoadedModel>) -> Settings {
+fn settings(options: &CoordinatorOptions, id: &str) -> Settings {
     Settings {
         cluster: options.cluster.0.clone(),
         run: id.chars().take(8).collect(),
-        model: model.map(|model| Arc::clone(&model.facts)),
         min_workers: options.min_workers,
+        wait: Some(options.wait_for_workers),
+    }
+}
+
+/// How models are spread unless somebody asks for another way.
+fn defaults(options: &CoordinatorOptions) -> InstanceSettings {
+    InstanceSettings {
         strategy: options.strategy,
         split: options.split.clone(),
         stages: options.stages.clone(),
@@ -228,7 +237,6 @@ fn settings(options: &CoordinatorOptions, id: &str, model: Option<&model::Loaded
         optimize: options.optimize,
         context_tokens: options.context_tokens,
         caches: options.caches,
-        wait: Some(options.wait_for_workers),
     }
 }
 
@@ -238,6 +246,7 @@ fn starting(options: &CoordinatorOptions) -> ClusterStatus {
         cluster: options.cluster.0.clone(),
         instance: InstanceState::WaitingForWorkers { found: 0, wanted: options.min_workers },
         plan: None,
+        jobs: Vec::new(),
         workers: Vec::new(),
         load: EngineLoad::default(),
         join_addresses: Vec::new(),

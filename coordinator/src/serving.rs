@@ -1,8 +1,16 @@
 //! The seam between the HTTP API and the cluster: requests go in, tokens come out, the state can be watched.
 
-use crate::chat::{template::ChatTemplate, tokenizer::ChatTokenizer};
+use crate::{
+    chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
+    core::{
+        event::{ClusterFailure, EngineAt},
+        settings::{InstanceSettings, TrainingFacts},
+    },
+    loading::{LoadAnswer, LoadError, LoadRequest},
+};
 use mlx_cluster_common::{
     engine::{EngineState, NodeFacts},
+    ids::{Epoch, InstanceId},
     links::LinkFacts,
     plan::Plan,
     request::{EngineLoad, FinishReason, TokenOut},
@@ -47,6 +55,9 @@ pub enum InstanceState {
     Failed {
         message: String,
     },
+    /// Its engines are being taken away.
+    Unloading,
+    /// The coordinator is stopping.
     Draining,
 }
 
@@ -59,6 +70,7 @@ impl InstanceState {
             InstanceState::Ready => "ready",
             InstanceState::Recovering { .. } => "recovering",
             InstanceState::Failed { .. } => "failed",
+            InstanceState::Unloading => "unloading",
             InstanceState::Draining => "draining",
         }
     }
@@ -68,8 +80,11 @@ impl InstanceState {
 #[derive(Debug, Clone)]
 pub struct ClusterStatus {
     pub cluster: String,
+    /// Of the served model.
     pub instance: InstanceState,
+    /// Of the served model.
     pub plan: Option<Plan>,
+    pub jobs: Vec<JobStatus>,
     pub workers: Vec<WorkerStatus>,
     /// What was measured between the workers.
     pub links: Vec<LinkFacts>,
@@ -82,8 +97,32 @@ pub struct ClusterStatus {
 pub struct WorkerStatus {
     pub facts: NodeFacts,
     pub connected: bool,
-    /// The engine of the current plan on this worker.
-    pub engine: Option<EngineState>,
+    /// Those of current plans.
+    pub engines: Vec<EngineOn>,
+}
+
+impl WorkerStatus {
+    /// The engine of the served model.
+    pub fn served_engine(&self) -> Option<&EngineState> {
+        self.engines.iter().find(|engine| engine.instance == InstanceId::SERVED).map(|engine| &engine.state)
+    }
+}
+
+/// An engine on a worker, and what it is for.
+#[derive(Debug, Clone)]
+pub struct EngineOn {
+    pub instance: InstanceId,
+    pub state: EngineState,
+}
+
+/// The engines of a training job.
+#[derive(Debug, Clone)]
+pub struct JobStatus {
+    pub instance: InstanceId,
+    /// The model's name.
+    pub model: String,
+    pub state: InstanceState,
+    pub plan: Option<Plan>,
 }
 
 /// A request that passed all checks: its prompt fits, its parameters are in range.
@@ -121,6 +160,32 @@ pub enum ServingCommand {
     Submit { request: Admitted, events: mpsc::Sender<RequestEvent> },
     /// Stop taking requests, finish those that run, then stop all engines.
     Drain { done: oneshot::Sender<()> },
+    /// Read a model and serve it.
+    Load { request: LoadRequest, answer: LoadAnswer },
+    /// Take the served model's engines away; answered with its name once they are gone.
+    Unload { answer: LoadAnswer },
+    /// Plan a job's engines and keep them alive. Dropping the receiver of `notes`, or not reading it, stops them.
+    StartJob { instance: InstanceId, facts: Arc<TrainingFacts>, settings: InstanceSettings, notes: mpsc::Sender<RunnerNote> },
+    /// A job's runner is in trouble with the engines of this epoch; `node` is who is blamed (by id or by name), if anybody.
+    Broken { instance: InstanceId, epoch: Epoch, node: Option<String>, message: String },
+    /// Take a job's engines away; its runner is told when they are gone.
+    StopJob { instance: InstanceId },
+}
+
+/// Notes that wait for a runner that is busy. Few come, and it has to act on each: one that falls further behind is given up.
+pub const NOTES_BUFFERED_MAX: usize = 64;
+
+/// What becomes of a job's engines, for its runner, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RunnerNote {
+    /// Where its engines will be.
+    Planned(Plan),
+    /// All engines are linked in this epoch. One `Broken` with it, or `Ended`, follows.
+    Ready { epoch: Epoch, engines: Vec<EngineAt> },
+    /// What was under way in this epoch is lost. Another `Ready` follows, or `Ended`.
+    Broken { epoch: Epoch, cause: String },
+    /// Its engines are gone: as asked for, or because there is no use in going on. The last note.
+    Ended { failure: Option<ClusterFailure> },
 }
 
 /// What the API holds of the cluster. Cheap to clone.
@@ -139,5 +204,21 @@ impl Serving {
         let stopped = |_| RequestFailure::NotReady { state: "the coordinator is stopping".into() };
         self.commands.send(ServingCommand::Submit { request, events }).await.map_err(stopped)?;
         Ok(receiver)
+    }
+
+    /// Reads a model and has it planned; its name. None when the coordinator is stopping.
+    pub async fn load(&self, request: LoadRequest) -> Option<Result<String, LoadError>> {
+        self.ask(|answer| ServingCommand::Load { request, answer }).await
+    }
+
+    /// Takes the served model away; its name. None when the coordinator is stopping.
+    pub async fn unload(&self) -> Option<Result<String, LoadError>> {
+        self.ask(|answer| ServingCommand::Unload { answer }).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(LoadAnswer) -> ServingCommand) -> Option<Result<String, LoadError>> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(command(answer)).await.ok()?;
+        answered.await.ok()
     }
 }

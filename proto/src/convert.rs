@@ -11,8 +11,10 @@ use mlx_cluster_common::{
     sampling::SamplingParams,
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
     tensor::TensorPlace,
+    training::TrainingRole,
     units::Bytes,
 };
+use serde_json::json;
 
 /// A message that breaks the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,6 +81,7 @@ impl From<EngineSpec> for wire::EngineSpec {
             rank: spec.place.rank,
             shares: spec.place.shares,
             collective: wire::Collective::from(spec.collective).into(),
+            training_json: spec.training.map(|role| json!(role).to_string()),
         }
     }
 }
@@ -117,8 +120,13 @@ impl TryFrom<wire::EngineSpec> for EngineSpec {
                 sequences => sequences,
             },
             weight_peers: spec.weight_peers.into_iter().map(WeightPeer::from).collect(),
+            training: spec.training_json.as_deref().map(training_role).transpose()?,
         })
     }
+}
+
+fn training_role(json: &str) -> Result<TrainingRole, WireError> {
+    serde_json::from_str(json).map_err(|error| WireError::Invalid { field: "training_json", value: format!("no training role: {error}") })
 }
 
 impl From<WeightPeer> for wire::WeightPeer {

@@ -1,6 +1,7 @@
 //! What goes over the wire comes out as it went in, or is refused.
 
 use super::*;
+use mlx_cluster_common::training::{Decay, FineTune, LoraParameters, Optimizer, Parallel, Schedule, Warmup};
 
 fn step() -> Step {
     let segment = |sequence, tokens: Vec<Token>, sample| Segment {
@@ -28,6 +29,21 @@ fn a_step_survives_the_wire() {
     assert_eq!(frame.into_step(), Ok((step(), vec![tensor])));
 }
 
+/// With numbers that decimal digits do not hold exactly.
+fn role() -> TrainingRole {
+    let keys = Some(["self_attn.q_proj".to_owned()].into());
+    TrainingRole {
+        fine_tune: FineTune::Dora(LoraParameters { rank: 8, scale: 0.1, dropout: 1.0 / 3.0, keys }),
+        num_layers: Some(4),
+        optimizer: Optimizer::Adam { betas: [0.9, 0.999], eps: 1e-8, bias_correction: false },
+        schedule: Schedule { warmup: Some(Warmup { init: 0.1 + 0.2, steps: 7 }), decay: Decay::Cosine { init: 1e-5, steps: 9, end: 0.0 } },
+        seed: u64::MAX,
+        grad_checkpoint: true,
+        clear_cache_threshold: Bytes(3),
+        parallel: Parallel::Data,
+    }
+}
+
 #[test]
 fn an_engine_survives_the_wire() {
     let quantization = KvQuantization::new(4, Some(32), Some(100)).expect("allowed");
@@ -47,8 +63,15 @@ fn an_engine_survives_the_wire() {
         reservation: CacheReservation { held_max: 64, plain_tokens: 100, plain_percent: 356 },
         sequences: 16,
         weight_peers: vec![WeightPeer { node: "n".into(), name: "mini".into(), addresses: vec!["10.0.0.1:7".into()], layers: 3..5 }],
+        training: None,
     };
-    assert_eq!(EngineSpec::try_from(wire::EngineSpec::from(spec.clone())), Ok(spec));
+    assert_eq!(EngineSpec::try_from(wire::EngineSpec::from(spec.clone())), Ok(spec.clone()));
+    let trains = EngineSpec { training: Some(role()), ..spec };
+    let wire = wire::EngineSpec::from(trains.clone());
+    assert_eq!(EngineSpec::try_from(wire.clone()), Ok(trains));
+    let garbled = wire::EngineSpec { training_json: Some(r#"{"seed": 1}"#.into()), ..wire };
+    let message = EngineSpec::try_from(garbled).expect_err("no role").to_string();
+    assert!(message.contains("training_json") && message.contains("fine_tune"), "{message}");
 }
 
 #[test]

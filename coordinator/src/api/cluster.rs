@@ -1,44 +1,32 @@
 //! `GET /v1/cluster`: everything that the coordinator knows of its cluster, for `mlx-cluster status`.
 
 use super::{Api, health::cause};
-use crate::serving::{ClusterStatus, InstanceState, WorkerStatus};
+use crate::serving::{ClusterStatus, EngineOn, InstanceState, JobStatus, WorkerStatus};
 use axum::{Json, extract::State};
 use mlx_cluster_common::{
     VERSION,
     engine::EngineState,
     ids::NodeId,
     links::{LinkFacts, best_first},
-    plan::{Rank, Stage},
+    plan::{Plan, Rank, Stage},
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
 
 pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
     let status = api.status();
-    let ClusterStatus { cluster, instance, plan, workers, links, load, join_addresses } = &*status;
+    let ClusterStatus { cluster, instance, plan, jobs, workers, links, load, join_addresses } = &*status;
     let model = api.served_model().map(
         |model| json!({"id": model.id, "context_tokens": model.context_tokens, "vocab_size": model.vocab_size, "created": model.created}),
     );
-    let stages: &[Stage] = plan.as_ref().map_or(&[], |plan| &plan.stages);
     Json(json!({
         "cluster": cluster,
         "version": VERSION,
         "instance": instance_json(instance, &status),
         "model": model,
-        "plan": plan.as_ref().map(|plan| json!({
-            "model": plan.model,
-            "strategy": plan.strategy,
-            "context_tokens": plan.context_tokens,
-            "cache_tokens": plan.cache_tokens,
-            "caches": plan.caches,
-            "stages": plan.stages.iter().map(stage_json).collect::<Vec<_>>(),
-            "sequences": plan.sequences,
-            "why": plan.why,
-            "prediction": plan.prediction,
-            "alternatives": plan.alternatives,
-            "text": plan.to_string(),
-        })),
-        "workers": workers.iter().map(|worker| worker_json(worker, stages)).collect::<Vec<_>>(),
+        "plan": plan.as_ref().map(plan_json),
+        "jobs": jobs.iter().map(|job| job_json(job, &status)).collect::<Vec<_>>(),
+        "workers": workers.iter().map(|worker| worker_json(worker, &status)).collect::<Vec<_>>(),
         "links": links_json(links, workers),
         "load": {
             "running": load.running,
@@ -63,6 +51,32 @@ fn instance_json(instance: &InstanceState, status: &ClusterStatus) -> Value {
     json
 }
 
+fn plan_json(plan: &Plan) -> Value {
+    json!({
+        "model": plan.model,
+        "strategy": plan.strategy,
+        "context_tokens": plan.context_tokens,
+        "cache_tokens": plan.cache_tokens,
+        "caches": plan.caches,
+        "stages": plan.stages.iter().map(stage_json).collect::<Vec<_>>(),
+        "sequences": plan.sequences,
+        "why": plan.why,
+        "prediction": plan.prediction,
+        "alternatives": plan.alternatives,
+        "text": plan.to_string(),
+    })
+}
+
+fn job_json(job: &JobStatus, status: &ClusterStatus) -> Value {
+    let JobStatus { instance, model, state, plan } = job;
+    json!({
+        "number": instance,
+        "model": model,
+        "instance": instance_json(state, status),
+        "plan": plan.as_ref().map(plan_json),
+    })
+}
+
 /// Layers from `first_layer` to `last_layer`, both included.
 fn stage_json(stage: &Stage) -> Value {
     json!({
@@ -85,12 +99,10 @@ fn rank_json(rank: &Rank) -> Value {
     })
 }
 
-fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
+/// The served model's part of it under the names of a worker, and the engines of all that runs there under `engines`.
+fn worker_json(worker: &WorkerStatus, status: &ClusterStatus) -> Value {
     let facts = &worker.facts;
-    let places = stages.iter().flat_map(|stage| (0..).zip(&stage.ranks).map(move |(number, rank): (u32, _)| (stage, number, rank)));
-    let place = places.into_iter().find(|(_, _, rank)| rank.node == facts.id);
-    let stage = place.map(|(stage, ..)| stage);
-    json!({
+    let mut json = json!({
         "id": facts.id,
         "name": facts.name,
         "version": facts.version,
@@ -102,14 +114,38 @@ fn worker_json(worker: &WorkerStatus, stages: &[Stage]) -> Value {
         "total_memory_bytes": facts.total_memory,
         "memory_bandwidth_bytes_per_s": facts.memory_bandwidth,
         "matmul_flops_per_s": facts.matmul_rate,
-        "first_layer": stage.map(|stage| stage.layers.start),
-        "last_layer": stage.map(|stage| stage.layers.end.saturating_sub(1)),
-        "rank": place.map(|(_, number, _)| number),
-        "ranks": stage.map(|stage| stage.ranks.len()),
-        "share": place.map(|(_, _, rank)| rank.share),
-        "share_of": stage.map(|stage| stage.shares().iter().sum::<u32>()),
-        "engine": worker.engine.as_ref().map(engine_json),
-    })
+        "engine": worker.served_engine().map(engine_json),
+        "engines": worker.engines.iter().map(|engine| engine_on_json(engine, &facts.id, status)).collect::<Vec<_>>(),
+    });
+    let served = place_json(status.plan.as_ref(), &facts.id);
+    served.into_iter().for_each(|(name, value)| json[name] = value);
+    json
+}
+
+/// An engine with its part of the model; `job` is null for the served one.
+fn engine_on_json(engine: &EngineOn, node: &NodeId, status: &ClusterStatus) -> Value {
+    let job = status.jobs.iter().find(|job| job.instance == engine.instance);
+    let plan = job.map_or(status.plan.as_ref(), |job| job.plan.as_ref());
+    let mut json = engine_json(&engine.state);
+    json["job"] = json!(job.map(|job| job.instance));
+    place_json(plan, node).into_iter().for_each(|(name, value)| json[name] = value);
+    json
+}
+
+/// What a plan has a worker hold; nulls when it is not in the plan.
+fn place_json(plan: Option<&Plan>, node: &NodeId) -> [(&'static str, Value); 6] {
+    let stages = plan.into_iter().flat_map(|plan| &plan.stages);
+    let places = stages.flat_map(|stage| (0..).zip(&stage.ranks).map(move |(number, rank): (u32, _)| (stage, number, rank)));
+    let place = places.into_iter().find(|(_, _, rank)| rank.node == *node);
+    let stage = place.map(|(stage, ..)| stage);
+    [
+        ("first_layer", json!(stage.map(|stage| stage.layers.start))),
+        ("last_layer", json!(stage.map(|stage| stage.layers.end.saturating_sub(1)))),
+        ("rank", json!(place.map(|(_, number, _)| number))),
+        ("ranks", json!(stage.map(|stage| stage.ranks.len()))),
+        ("share", json!(place.map(|(_, _, rank)| rank.share))),
+        ("share_of", json!(stage.map(|stage| stage.shares().iter().sum::<u32>()))),
+    ]
 }
 
 /// Pair by pair, the way that is taken first.

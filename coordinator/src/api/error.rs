@@ -1,12 +1,13 @@
 //! Everything that can be wrong with a request, and the one place that maps it to an HTTP status and to OpenAI's error object.
 
-use crate::serving::RequestFailure;
+use crate::{loading::LoadError, serving::RequestFailure};
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use mlx_cluster_common::sampling::SamplingError;
+use mlx_cluster_hub::HubErrorKind;
 use serde_json::{Value, json};
 
 /// Seconds after which a client may try again, when the model is not ready or the queue is full.
@@ -69,6 +70,21 @@ pub(super) enum ApiError {
     ForeignOrigin { origin: String },
     #[error(transparent)]
     Failure(#[from] RequestFailure),
+    /// The message of a [`LoadError`], and what kind of error it is.
+    #[error("{message}")]
+    Load { message: String, kind: LoadErrorKind },
+}
+
+/// What a client can do about a model that is not loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LoadErrorKind {
+    /// Ask again when something else is over.
+    Conflict,
+    /// Ask for something else.
+    BadModel,
+    /// The hub is not reached.
+    Network,
+    Internal,
 }
 
 impl ApiError {
@@ -91,6 +107,12 @@ impl ApiError {
             E::Failure(RequestFailure::Overloaded { .. }) => StatusCode::TOO_MANY_REQUESTS,
             E::Failure(RequestFailure::Refused { .. }) => StatusCode::BAD_REQUEST,
             E::BrokeOff | E::Failure(RequestFailure::Broken { .. }) => StatusCode::BAD_GATEWAY,
+            E::Load { kind, .. } => match kind {
+                LoadErrorKind::Conflict => StatusCode::CONFLICT,
+                LoadErrorKind::BadModel => StatusCode::BAD_REQUEST,
+                LoadErrorKind::Network => StatusCode::BAD_GATEWAY,
+                LoadErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            },
         }
     }
 
@@ -123,6 +145,8 @@ impl ApiError {
             E::Failure(RequestFailure::Overloaded { .. }) => "overloaded",
             E::Failure(RequestFailure::Refused { .. }) => "refused",
             E::Failure(RequestFailure::Broken { .. }) => "worker_failed",
+            E::Load { kind: LoadErrorKind::Conflict, .. } => "conflict",
+            E::Load { .. } => "model_not_loaded",
         }
     }
 
@@ -161,6 +185,23 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+}
+
+impl From<LoadError> for ApiError {
+    fn from(error: LoadError) -> Self {
+        let kind = match &error {
+            LoadError::ServedAlready { .. } | LoadError::BeingRead { .. } | LoadError::NothingServed | LoadError::CalledOff { .. } => {
+                LoadErrorKind::Conflict
+            }
+            LoadError::Model(error) => match error.kind() {
+                HubErrorKind::NotFound | HubErrorKind::BadFile | HubErrorKind::Access => LoadErrorKind::BadModel,
+                HubErrorKind::Network => LoadErrorKind::Network,
+                HubErrorKind::Resources => LoadErrorKind::Internal,
+            },
+            LoadError::Plan(_) => LoadErrorKind::BadModel,
+        };
+        ApiError::Load { message: error.to_string(), kind }
     }
 }
 

@@ -37,6 +37,7 @@ pub(super) fn cause(state: &InstanceState, status: &ClusterStatus) -> Option<Str
         InstanceState::Loading => Some("the model is being loaded; try again in a moment".into()),
         InstanceState::Recovering { cause } => Some(format!("{cause}; it comes back by itself")),
         InstanceState::Failed { message } => Some(message.clone()),
+        InstanceState::Unloading => Some("its engines are being stopped".into()),
         InstanceState::Draining => Some("the coordinator is stopping".into()),
     }
 }

@@ -114,7 +114,7 @@ impl Metrics {
         }
         for worker in &status.workers {
             let label = vec![Label::new("worker", worker.facts.name.clone())];
-            let resident = match &worker.engine {
+            let resident = match worker.served_engine() {
                 Some(EngineState::Ready { resident, .. }) => Some(resident.0),
                 _ => None,
             };

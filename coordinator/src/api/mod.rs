@@ -15,6 +15,7 @@ mod guard;
 mod health;
 mod json;
 mod listen;
+mod load;
 mod logprobs;
 mod messages;
 mod metrics;
@@ -108,7 +109,7 @@ impl Api {
     fn not_found(&self, asked: &str, served: Option<&ServedModel>) -> ApiError {
         let served = match served {
             Some(model) => format!("ask for `{}`", model.id),
-            None => "no model is; start the coordinator with --model".into(),
+            None => "no model is; load one with POST /v1/cluster/load, or start the coordinator with --model".into(),
         };
         ApiError::ModelNotFound { asked: shown(asked), served }
     }
@@ -121,6 +122,8 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/cluster", get(cluster::cluster))
+        .route("/v1/cluster/load", post(load::load))
+        .route("/v1/cluster/unload", post(load::unload))
         .route("/health", get(health::health))
         .route("/metrics", get(render_metrics))
         .fallback(no_such_path)

@@ -1,75 +1,28 @@
-//! The coordinator's state machine: workers, one model's life cycle, its requests. Events in, effects out.
+//! The coordinator's state machine: workers, and the models that run on them. Events in, effects out.
 
 use super::{
     Now,
-    deployment::{Blame, Deployment},
-    event::{ClusterFailure, Effect, Event, Settings, Snapshot},
-    life_cycle::{ATTRIBUTION, GROUP_ATTRIBUTION, LOAD_STALL},
+    event::{ClusterFailure, Effect, Event, Snapshot},
+    instance::{Context, Counters, Instance, STOP_TIMEOUT, Situation, failed},
     members::{Desired, Members, Wanted},
-    placement::WhyNot,
-    requests::Requests,
+    settings::{InstanceSettings, Kind, ModelFacts, Settings},
 };
-use crate::serving::{Admitted, InstanceState, RequestEvent, RequestFailure};
+use crate::serving::{Admitted, InstanceState, RequestFailure};
 use mlx_cluster_common::{
-    engine::{EngineState, Link},
-    ids::{EngineId, Epoch, NodeId, SequenceId},
-    request::{Delivery, EngineLoad, SessionCommand, Submission},
+    engine::EngineState,
+    ids::{EngineId, InstanceId, NodeId, SequenceId},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-/// Engines answer a link, and the lead opens a session, within this.
-pub const LINK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Engines of a group answer within this: they end the step that they are in, form the group and warm up, each with a deadline of its own.
-pub const GROUP_LINK_TIMEOUT: Duration = Duration::from_secs(290);
-/// Workers confirm within this that their engines are gone.
-pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// How long an engine may take to answer this.
-pub fn link_timeout(link: &Link) -> Duration {
-    if link.group.is_some() { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }
-}
-
-/// Where the model is in its life. What a phase needs, it holds; the deployment outlives phases and stands beside.
-#[derive(Debug)]
-pub(super) enum Phase {
-    /// For workers.
-    Waiting,
-    /// Engines fetch and load; without any progress until `stalls_at` it is given up.
-    Loading {
-        stalls_at: Now,
-    },
-    Linking {
-        epoch: Epoch,
-        pending: BTreeSet<u32>,
-        until: Now,
-    },
-    Opening {
-        epoch: Epoch,
-        until: Now,
-    },
-    Ready {
-        epoch: Epoch,
-    },
-    /// The session broke; until the time is over a worker may say what happened.
-    Suspect {
-        blame: Blame,
-        until: Now,
-    },
-    /// After a failed attempt to link.
-    Pausing {
-        until: Now,
-    },
-    /// Until another worker comes.
-    Failed {
-        message: String,
-        members: u64,
-    },
+/// Where the coordinator itself is in its life.
+#[derive(Debug, PartialEq)]
+pub(super) enum Course {
+    Running,
+    /// Takes no new requests, and waits for those that run.
     Draining {
         until: Now,
     },
+    /// Waits for all engines to be gone.
     Stopping {
         until: Now,
         failure: Option<ClusterFailure>,
@@ -82,38 +35,38 @@ pub(super) enum Phase {
 pub struct Cluster {
     pub(super) settings: Settings,
     pub(super) members: Members,
-    pub(super) phase: Phase,
-    pub(super) deployment: Option<Deployment>,
-    pub(super) requests: Requests,
-    /// Deployments so far.
-    pub(super) generation: u64,
-    pub(super) epoch: Epoch,
-    pub(super) load: EngineLoad,
-    /// Never been ready: failures end the coordinator, because its user watches the start.
-    pub(super) is_first_start: bool,
-    /// Why it is not ready any more.
-    pub(super) cause: Option<String>,
-    /// The last refusal of the planner, and the workers (as [`Members::generation`]) it is about.
-    pub(super) refusal: Option<(u64, WhyNot)>,
+    pub(super) instances: BTreeMap<InstanceId, Instance>,
+    pub(super) course: Course,
+    /// Why the model that was asked for last is not served.
+    pub(super) not_served: Option<String>,
+    counters: Counters,
+    /// Changes of what engines there are.
+    engine_changes: u64,
     changes: u64,
 }
 
 impl Cluster {
-    pub fn new(settings: Settings) -> Self {
+    /// Of a coordinator that serves nothing yet.
+    pub fn idle(settings: Settings) -> Self {
         Self {
             settings,
             members: Members::default(),
-            phase: Phase::Waiting,
-            deployment: None,
-            requests: Requests::default(),
-            generation: 0,
-            epoch: Epoch(0),
-            load: EngineLoad::default(),
-            is_first_start: true,
-            cause: None,
-            refusal: None,
+            instances: BTreeMap::new(),
+            course: Course::Running,
+            not_served: None,
+            counters: Counters::default(),
+            engine_changes: 0,
             changes: 0,
         }
+    }
+
+    /// Of a coordinator that was started with a model: if that cannot start, it ends.
+    pub fn serving(settings: Settings, model: Arc<ModelFacts>, own: InstanceSettings) -> Self {
+        let mut cluster = Self::idle(settings);
+        let mut served = Instance::new(InstanceId::SERVED, Kind::Serving(model), own, Now::ZERO);
+        served.is_essential = true;
+        cluster.instances.insert(InstanceId::SERVED, served);
+        cluster
     }
 
     /// Takes one event and says what to do about it. Never waits; the same events at the same times give the same effects.
@@ -135,169 +88,212 @@ impl Cluster {
         self.changes
     }
 
+    /// Whether this number is in use; it is until `InstanceEnded`.
+    pub fn has(&self, instance: InstanceId) -> bool {
+        self.instances.contains_key(&instance)
+    }
+
     fn take(&mut self, event: Event, now: Now, effects: &mut Vec<Effect>) {
         match event {
-            Event::Delivered { epoch, delivery } => return self.delivered(epoch, delivery, now, effects),
+            Event::Delivered { epoch, delivery } => {
+                let changed = self.with(InstanceId::SERVED, now, effects, |served, context| served.delivered(epoch, delivery, context));
+                self.changes += u64::from(changed == Some(true));
+                return;
+            }
             Event::Submitted { sequence, request } => return self.submitted(sequence, request, now, effects),
-            Event::Abandoned { sequence } => return self.abandoned(sequence, effects),
+            Event::Abandoned { sequence } => {
+                self.with(InstanceId::SERVED, now, effects, |served, context| served.abandoned(sequence, context));
+                return;
+            }
             Event::Tick => return,
             Event::WorkerUp { facts, reached, snapshot } => {
                 let node = facts.id.clone();
                 let old = self.members.get(&node).map(|member| member.engines.clone()).unwrap_or_default();
                 self.members.up(*facts, reached, now);
                 self.send_desired(effects);
-                self.observed(&node, old, snapshot, now);
+                self.observed(&node, &old, snapshot, now);
             }
             Event::WorkerObserved { node, addresses, snapshot } => {
                 let Some(old) = self.members.get(&node).map(|member| member.engines.clone()) else { return };
                 if self.members.moved(&node, addresses) {
                     self.send_desired(effects);
                 }
-                self.observed(&node, old, snapshot, now);
+                self.observed(&node, &old, snapshot, now);
             }
             Event::WorkerDown { node, cause } => {
                 self.members.down(&node, cause, now);
                 self.send_desired(effects);
             }
-            Event::Linked { epoch, engine, result } => self.linked(epoch, engine, result, now, effects),
-            Event::SessionOpened { epoch } => self.session_opened(epoch),
-            Event::SessionBroken { epoch, node, message } => self.session_broken(epoch, node, message, now, effects),
-            Event::Drain { limit } => self.drain(limit, now, effects),
+            Event::Linked { instance, epoch, engine, result } => {
+                self.with(instance, now, effects, |instance, context| instance.linked(epoch, engine, result, context));
+            }
+            Event::SessionOpened { epoch } => {
+                self.with(InstanceId::SERVED, now, effects, |served, _| served.session_opened(epoch));
+            }
+            Event::SessionBroken { instance, epoch, node, message } => {
+                self.with(instance, now, effects, |instance, context| instance.session_broken(epoch, node, message, context));
+            }
+            Event::Start { instance, kind, settings } => self.start(instance, kind, settings, now, effects),
+            Event::Stop { instance } => self.stop_instance(instance, now, effects),
+            Event::Drain { limit } => self.drain(limit, now),
         }
         self.changes += 1;
     }
 
+    /// Lets one instance work with all that is around it, and does what follows from that; None when there is no such instance.
+    fn with<T>(
+        &mut self,
+        id: InstanceId,
+        now: Now,
+        effects: &mut Vec<Effect>,
+        work: impl FnOnce(&mut Instance, &mut Context<'_>) -> T,
+    ) -> Option<T> {
+        let mut instance = self.instances.remove(&id)?;
+        let mut context = Context {
+            now,
+            settings: &self.settings,
+            members: &self.members,
+            others: &self.instances,
+            counters: &mut self.counters,
+            situation: Situation { members: self.members.generation, engines: self.engine_changes },
+            effects: &mut *effects,
+            engines_changed: false,
+            fatal: None,
+        };
+        let result = work(&mut instance, &mut context);
+        let (engines_changed, fatal) = (context.engines_changed, context.fatal);
+        self.instances.insert(id, instance);
+        if engines_changed {
+            self.engine_changes += 1;
+            self.send_desired(effects);
+        }
+        if let Some(failure) = fatal {
+            self.stop(Some(failure), now, effects);
+        }
+        Some(result)
+    }
+
+    /// Moves on if anything can; false when nothing changes before the next event or [`deadline`](Self::deadline).
+    fn advance(&mut self, now: Now, effects: &mut Vec<Effect>) -> bool {
+        let instances = &self.instances;
+        self.members.forget(now, |node| instances.values().any(|instance| instance.is_on(node)));
+        let mut moved = false;
+        for id in self.instances.keys().copied().collect::<Vec<_>>() {
+            moved |= self.with(id, now, effects, Instance::advance) == Some(true);
+            self.remove_if_ended(id, effects);
+        }
+        moved | self.advance_course(now, effects)
+    }
+
+    fn remove_if_ended(&mut self, id: InstanceId, effects: &mut Vec<Effect>) {
+        let Some(failure) = self.instances.get_mut(&id).and_then(Instance::end) else { return };
+        self.instances.remove(&id);
+        // Its memory is free for others.
+        self.engine_changes += 1;
+        if id == InstanceId::SERVED {
+            self.not_served = failure.as_ref().map(ClusterFailure::to_string);
+        }
+        effects.push(Effect::InstanceEnded { instance: id, failure });
+    }
+
+    fn advance_course(&mut self, now: Now, effects: &mut Vec<Effect>) -> bool {
+        match &self.course {
+            Course::Running | Course::Stopped => false,
+            Course::Draining { until } => {
+                let over = now >= *until || self.instances.values().all(|instance| instance.requests.is_empty());
+                if over {
+                    self.stop(None, now, effects);
+                }
+                over
+            }
+            Course::Stopping { until, failure } => {
+                if !(self.members.all_stopped() || now >= *until) {
+                    return false;
+                }
+                let failure = failure.clone();
+                let left = std::mem::take(&mut self.instances).into_keys();
+                effects.extend(left.map(|instance| Effect::InstanceEnded { instance, failure: None }));
+                effects.push(Effect::End(failure));
+                self.course = Course::Stopped;
+                true
+            }
+        }
+    }
+
     /// `old` is what the worker's engines were before.
-    fn observed(&mut self, node: &NodeId, old: BTreeMap<EngineId, EngineState>, snapshot: Snapshot, now: Now) {
+    fn observed(&mut self, node: &NodeId, old: &BTreeMap<EngineId, EngineState>, snapshot: Snapshot, now: Now) {
         self.members.observed(node, snapshot);
-        let Some(deployment) = &mut self.deployment else { return };
-        let Some(id) = deployment.engine_on(node).map(|engine| engine.id.clone()) else { return };
-        let new = self.members.get(node).and_then(|member| member.engines.get(&id));
-        let moved = deployment.note(node, old.get(&id), new);
-        if let (true, Phase::Loading { stalls_at }) = (moved, &mut self.phase) {
-            *stalls_at = now + LOAD_STALL;
-        }
-    }
-
-    fn linked(&mut self, epoch: Epoch, engine: u32, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {
-        let Phase::Linking { epoch: current, pending, .. } = &mut self.phase else { return };
-        if *current != epoch {
-            return;
-        }
-        match result {
-            Ok(()) => drop(pending.remove(&engine)),
-            Err(message) => {
-                let worker = self.deployment.as_ref().map(|deployment| deployment.name(engine)).unwrap_or_default();
-                self.link_failed(Blame { worker, message }, now, effects);
-            }
-        }
-    }
-
-    fn session_opened(&mut self, epoch: Epoch) {
-        if !matches!(self.phase, Phase::Opening { epoch: current, .. } if current == epoch) {
-            return;
-        }
-        self.phase = Phase::Ready { epoch };
-        self.is_first_start = false;
-        self.cause = None;
-        if let Some(deployment) = &mut self.deployment {
-            deployment.forgive();
-        }
-    }
-
-    fn session_broken(&mut self, epoch: Epoch, node: Option<String>, message: String, now: Now, effects: &mut Vec<Effect>) {
-        let Some(deployment) = &self.deployment else { return };
-        let named = node.as_deref().and_then(|node| deployment.named(node));
-        let blame = Blame { worker: named.unwrap_or_else(|| deployment.lead_name()), message };
-        let attribution = if deployment.has_groups() { GROUP_ATTRIBUTION } else { ATTRIBUTION };
-        match self.phase {
-            Phase::Opening { epoch: current, .. } if current == epoch => self.link_failed(blame, now, effects),
-            Phase::Ready { epoch: current } if current == epoch => {
-                effects.push(Effect::CloseSession);
-                self.load = EngineLoad::default();
-                self.phase = Phase::Suspect { blame, until: now + attribution };
-            }
-            // What was still running cannot be finished.
-            Phase::Draining { .. } if self.epoch == epoch => self.fail_requests(&blame, effects),
-            _ => {}
-        }
-    }
-
-    fn delivered(&mut self, epoch: Epoch, delivery: Delivery, now: Now, effects: &mut Vec<Effect>) {
-        let open = matches!(self.phase, Phase::Ready { .. } | Phase::Draining { .. });
-        if !open || epoch != self.epoch {
-            return;
-        }
-        if let Delivery::Load(load) = delivery {
-            self.changes += u64::from(self.load != load);
-            self.load = load;
-            let failure = RequestFailure::Broken {
-                worker: self.deployment.as_ref().map(Deployment::lead_name).unwrap_or_default(),
-                message: "the lead engine lost track of the request".into(),
-            };
-            let lost = self.requests.take_forgotten(load, now);
-            effects.extend(lost.into_iter().map(|sequence| failed(sequence, failure.clone())));
-            return;
-        }
-        if let Some((sequence, event)) = self.requests.deliver(delivery, now) {
-            effects.push(Effect::Answer { sequence, event });
+        for instance in self.instances.values_mut() {
+            instance.observed(node, old, &self.members, now);
         }
     }
 
     fn submitted(&mut self, sequence: SequenceId, request: Admitted, now: Now, effects: &mut Vec<Effect>) {
-        if !matches!(self.phase, Phase::Ready { .. }) {
-            let state = self.instance_state();
-            let state = match &state {
-                InstanceState::Recovering { cause } => format!("it recovers ({cause})"),
-                InstanceState::Failed { message } => message.clone(),
-                other => other.name().replace('_', " "),
-            };
-            return effects.push(failed(sequence, RequestFailure::NotReady { state }));
-        }
-        match self.requests.admit(sequence, now) {
-            Err(failure) => effects.push(failed(sequence, failure)),
-            Ok(()) => {
-                let submission = Submission { sequence, prompt: request.prompt, params: request.params };
-                effects.push(Effect::Command(SessionCommand::Submit(submission)));
+        let state = match self.instance_state() {
+            InstanceState::Ready => {
+                self.with(InstanceId::SERVED, now, effects, |served, context| served.submitted(sequence, request, context));
+                return;
             }
-        }
+            InstanceState::Recovering { cause } => format!("it recovers ({cause})"),
+            InstanceState::Failed { message } => message,
+            other => other.name().replace('_', " "),
+        };
+        effects.push(failed(sequence, RequestFailure::NotReady { state }));
     }
 
-    fn abandoned(&mut self, sequence: SequenceId, effects: &mut Vec<Effect>) {
-        if self.requests.abandon(sequence) {
-            effects.push(Effect::Command(SessionCommand::Cancel(sequence)));
-        }
-    }
-
-    fn drain(&mut self, limit: Duration, now: Now, effects: &mut Vec<Effect>) {
-        match &mut self.phase {
-            Phase::Stopping { .. } | Phase::Stopped => {}
-            Phase::Draining { until } => *until = (*until).min(now + limit),
-            Phase::Suspect { blame, .. } => {
-                let blame = blame.clone();
-                self.fail_requests(&blame, effects);
-                self.phase = Phase::Draining { until: now + limit };
+    fn start(&mut self, id: InstanceId, kind: Kind, settings: InstanceSettings, now: Now, effects: &mut Vec<Effect>) {
+        if self.course != Course::Running {
+            effects.push(Effect::InstanceEnded { instance: id, failure: Some(ClusterFailure::Stopping) });
+        } else if !self.has(id) {
+            if id == InstanceId::SERVED {
+                self.not_served = None;
             }
-            _ => self.phase = Phase::Draining { until: now + limit },
+            self.instances.insert(id, Instance::new(id, kind, settings, now));
         }
     }
 
-    /// Tells every request that `blame` ended it.
-    pub(super) fn fail_requests(&mut self, blame: &Blame, effects: &mut Vec<Effect>) {
-        let failure = RequestFailure::Broken { worker: blame.worker.clone(), message: blame.message.clone() };
-        effects.extend(self.requests.take_all().into_iter().map(|sequence| failed(sequence, failure.clone())));
+    fn stop_instance(&mut self, id: InstanceId, now: Now, effects: &mut Vec<Effect>) {
+        if id == InstanceId::SERVED {
+            self.not_served = None;
+        }
+        let told = RequestFailure::NotReady { state: "it is being unloaded".into() };
+        self.with(id, now, effects, |instance, context| instance.stop(None, &told, context));
     }
 
-    /// Has every worker run its engine of the deployment, or nothing, and know all others.
-    pub(super) fn send_desired(&mut self, effects: &mut Vec<Effect>) {
-        let deployment = self.deployment.as_ref();
-        let changed = self.members.want(|node| deployment.and_then(|deployment| deployment.engine_on(node)).cloned());
+    fn drain(&mut self, limit: Duration, now: Now) {
+        match &mut self.course {
+            Course::Stopping { .. } | Course::Stopped => {}
+            Course::Draining { until } => *until = (*until).min(now + limit),
+            Course::Running => self.course = Course::Draining { until: now + limit },
+        }
+    }
+
+    /// Stops all engines, then ends.
+    fn stop(&mut self, failure: Option<ClusterFailure>, now: Now, effects: &mut Vec<Effect>) {
+        self.course = Course::Stopping { until: now + STOP_TIMEOUT, failure };
+        let told = RequestFailure::NotReady { state: "the coordinator is stopping".into() };
+        for id in self.instances.keys().copied().collect::<Vec<_>>() {
+            self.with(id, now, effects, |instance, context| instance.stop(None, &told, context));
+        }
+    }
+
+    /// Has every worker run its engines of all instances and nothing else, and know all other workers.
+    fn send_desired(&mut self, effects: &mut Vec<Effect>) {
+        let instances = &self.instances;
+        let engines = |node: &NodeId| instances.values().filter_map(|instance| instance.wanted_engine(node)).cloned().collect();
+        let changed = self.members.want(engines);
         effects.extend(changed.into_iter().map(Effect::from));
     }
-}
 
-fn failed(sequence: SequenceId, failure: RequestFailure) -> Effect {
-    Effect::Answer { sequence, event: RequestEvent::Failed(failure) }
+    /// When [`handle`](Self::handle) wants to be called with a tick, if nothing happens before.
+    pub fn deadline(&self, now: Now) -> Option<Now> {
+        let own = match &self.course {
+            Course::Draining { until } | Course::Stopping { until, .. } => Some(*until).filter(|at| *at > now),
+            Course::Running | Course::Stopped => None,
+        };
+        let instances = self.instances.values().filter_map(|instance| instance.deadline(&self.members, &self.settings, now));
+        instances.chain(own).chain(self.members.next_loss(now)).min()
+    }
 }
 
 impl From<Wanted> for Effect {

@@ -1,11 +1,12 @@
 //! The state machine's promises, one situation each.
 
 use super::{
-    event::{ClusterFailure, Event, Settings},
-    world::{World, ms, settings},
+    event::{ClusterFailure, Event},
+    settings::InstanceSettings,
+    world::{Start, World, ms, start},
 };
 use crate::serving::{InstanceState, RequestEvent, RequestFailure};
-use mlx_cluster_common::{plan::Strategy, request::FinishReason};
+use mlx_cluster_common::{ids::InstanceId, plan::Strategy, request::FinishReason};
 
 #[test]
 fn two_workers_come_up_serve_and_stop() {
@@ -120,7 +121,7 @@ fn a_worker_that_is_not_used_may_go() {
 
 #[test]
 fn hopeless_engines_end_the_first_start_with_their_own_words() {
-    let mut world = World::new(settings(1, Strategy::Auto), 7);
+    let mut world = World::new(start(1, Strategy::Auto), 7);
     world.worker_up("w0");
     world.run(ms(560));
     world.engine_dies("w0", None);
@@ -142,7 +143,7 @@ fn hopeless_engines_later_leave_the_coordinator_standing() {
 
 #[test]
 fn nobody_comes() {
-    let mut world = World::new(settings(2, Strategy::Auto), 9);
+    let mut world = World::new(start(2, Strategy::Auto), 9);
     world.worker_up("w0");
     world.run(ms(119_000));
     assert_eq!(world.state(), InstanceState::WaitingForWorkers { found: 1, wanted: 2 });
@@ -152,7 +153,7 @@ fn nobody_comes() {
 
 #[test]
 fn without_a_model_it_is_idle_once_the_workers_are_there() {
-    let mut world = World::new(Settings { model: None, ..settings(1, Strategy::Auto) }, 10);
+    let mut world = World::new(Start { model: None, ..start(1, Strategy::Auto) }, 10);
     assert_eq!(world.state(), InstanceState::WaitingForWorkers { found: 0, wanted: 1 });
     world.run(ms(500_000));
     world.worker_up("w0");
@@ -165,7 +166,8 @@ fn without_a_model_it_is_idle_once_the_workers_are_there() {
 
 #[test]
 fn a_model_that_does_not_fit_waits_for_one_more_worker_then_says_so() {
-    let too_long = Settings { split: Some(vec![3, 4]), ..settings(2, Strategy::Pipeline) };
+    let two = start(2, Strategy::Pipeline);
+    let too_long = Start { own: InstanceSettings { split: Some(vec![3, 4]), ..two.own }, ..two };
     let mut world = World::new(too_long, 11);
     (0..2).for_each(|i| world.worker_up(&format!("w{i}")));
     world.run(ms(1000));
@@ -201,8 +203,9 @@ fn draining_finishes_what_runs() {
 #[test]
 fn engines_are_told_the_better_of_two_ways_first() {
     let world = World::ready(2, Strategy::Pipeline, 5);
-    assert_eq!(world.told.len(), 2);
-    for addresses in world.told.values() {
+    assert_eq!(world.links.len(), 2);
+    for link in world.links.values() {
+        let addresses = &link.next.as_ref().expect("a next one").addresses;
         assert!(addresses.len() == 2 && addresses[0].starts_with("10.1.") && addresses[1].starts_with("10.0."), "{addresses:?}");
     }
     let links = world.cluster.status(&[]).links;
@@ -211,22 +214,24 @@ fn engines_are_told_the_better_of_two_ways_first() {
 
 #[test]
 fn a_plan_waits_for_measurements_but_not_for_long() {
-    let start = |measures: bool| {
-        let mut world = World::new(settings(2, Strategy::Pipeline), 6);
+    let started = |measures: bool| {
+        let mut world = World::new(start(2, Strategy::Pipeline), 6);
         world.measures = measures;
         ["w0", "w1"].into_iter().for_each(|name| world.worker_up(name));
         world
     };
-    let mut measured = start(true);
+    let mut measured = started(true);
     measured.run(ms(1000));
     assert_eq!(measured.plans.len(), 1);
-    let mut unmeasured = start(false);
+    let mut unmeasured = started(false);
     unmeasured.run(ms(1900));
     assert_eq!(unmeasured.plans.len(), 0);
     unmeasured.run(ms(200));
     assert_eq!(unmeasured.plans.len(), 1);
     unmeasured.run(ms(5000));
-    assert!(unmeasured.state() == InstanceState::Ready && unmeasured.told[&0][0].starts_with("10.0."), "as the worker names them");
+    let link = &unmeasured.links[&(InstanceId::SERVED, 0)];
+    let addresses = &link.next.as_ref().expect("a next one").addresses;
+    assert!(unmeasured.state() == InstanceState::Ready && addresses[0].starts_with("10.0."), "as the worker names them");
 }
 
 #[test]

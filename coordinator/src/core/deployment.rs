@@ -2,18 +2,19 @@
 
 use super::{
     Now, addresses,
-    cluster::{GROUP_LINK_TIMEOUT, LINK_TIMEOUT},
-    event::{ServedFacts, Settings},
+    event::EngineAt,
+    instance::{GROUP_LINK_TIMEOUT, LINK_TIMEOUT},
     members::{Member, Members},
+    settings::{InstanceSettings, Kind},
+    wiring::{Serving, Wiring},
 };
 use mlx_cluster_common::{
-    engine::{EngineSpec, EngineState, GroupLink, Link, Peer, WeightPeer},
+    engine::{EngineSpec, EngineState, Link, WeightPeer},
     ids::{EngineId, Epoch, NodeId},
-    links::LinkFacts,
     plan::{Plan, Rank},
     tensor::TensorPlace,
 };
-use std::{collections::BTreeMap, net::SocketAddrV4, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 /// Who is at fault, by name, and what happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +33,7 @@ impl std::fmt::Display for Blame {
 pub(super) struct Deployment {
     pub(super) plan: Plan,
     /// One for each of [`Plan::ranks`], in that order: an engine's number is its place here.
-    engines: Vec<EngineSpec>,
+    pub(super) engines: Vec<EngineSpec>,
     /// The process of each engine that is linked in the current epoch.
     linked: Vec<u64>,
     /// Of those, the ones that ended since, and how.
@@ -61,15 +62,15 @@ pub(super) struct Failure<'a> {
 }
 
 impl Deployment {
-    /// `generation` makes the engines' ids new, so that workers replace what they run.
-    pub(super) fn new(plan: Plan, model: &ServedFacts, settings: &Settings, generation: u64) -> Self {
-        let run = &settings.run;
+    /// `run` makes the engines' ids new, so that workers replace what they run.
+    pub(super) fn new(plan: Plan, kind: &Kind, settings: &InstanceSettings, run: &str) -> Self {
+        let model = kind.model();
         let n_stages = plan.stages.len() as u32;
         let mut engines = Vec::new();
         for (number, stage) in (0..).zip(&plan.stages) {
             for (rank, of) in (0..).zip(&stage.ranks) {
                 engines.push(EngineSpec {
-                    id: EngineId(format!("{run}-{generation}-{number}-{rank}")),
+                    id: EngineId(format!("{run}-{number}-{rank}")),
                     model: model.source.clone(),
                     fingerprint: model.fingerprint,
                     stage: number,
@@ -84,6 +85,7 @@ impl Deployment {
                     reservation: plan.reservation,
                     sequences: plan.sequences,
                     weight_peers: Vec::new(),
+                    training: kind.role().cloned(),
                 });
             }
         }
@@ -113,7 +115,7 @@ impl Deployment {
         self
     }
 
-    fn rank(&self, engine: u32) -> Option<&Rank> {
+    pub(super) fn rank(&self, engine: u32) -> Option<&Rank> {
         self.plan.ranks().nth(engine as usize)
     }
 
@@ -289,11 +291,7 @@ impl Deployment {
     pub(super) fn link(&mut self, members: &Members, epoch: Epoch) -> Option<Vec<(u32, Vec<String>, Link)>> {
         let serving = self.numbers().map(|engine| self.serving(members, engine)).collect::<Option<Vec<_>>>()?;
         let wiring = Wiring { deployment: self, members, serving: &serving, links: members.links() };
-        let links = self.numbers().map(|engine| {
-            let member = members.get(&self.rank(engine)?.node)?;
-            let addresses = addresses::from_coordinator(&member.reached, &member.facts, serving.get(engine as usize)?.port);
-            Some((engine, addresses, wiring.link(engine, epoch)?))
-        });
+        let links = self.numbers().map(|engine| Some((engine, self.addresses(members, engine)?, wiring.link(engine, epoch)?)));
         let links = links.collect::<Option<Vec<_>>>()?;
         self.linked = serving.into_iter().map(|engine| engine.incarnation).collect();
         self.ends.clear();
@@ -302,71 +300,34 @@ impl Deployment {
 
     /// Where the lead is reached.
     pub(super) fn lead_addresses(&self, members: &Members) -> Option<Vec<String>> {
-        let member = members.get(&self.rank(0)?.node)?;
-        let port = self.serving(members, 0)?.port;
+        self.addresses(members, 0)
+    }
+
+    /// Where the coordinator reaches an engine.
+    fn addresses(&self, members: &Members, engine: u32) -> Option<Vec<String>> {
+        let member = members.get(&self.rank(engine)?.node)?;
+        let port = self.serving(members, engine)?.port;
         Some(addresses::from_coordinator(&member.reached, &member.facts, port))
     }
-}
 
-/// An engine that serves.
-#[derive(Debug, Clone, Copy)]
-struct Serving {
-    port: u32,
-    group_port: u32,
-    incarnation: u64,
-}
-
-/// Who has to reach whom.
-struct Wiring<'a> {
-    deployment: &'a Deployment,
-    members: &'a Members,
-    serving: &'a [Serving],
-    links: Vec<LinkFacts>,
-}
-
-impl Wiring<'_> {
-    fn link(&self, engine: u32, epoch: Epoch) -> Option<Link> {
-        let spec = self.deployment.engines.get(engine as usize)?;
-        let first = engine - spec.place.rank;
-        let group = first..first + spec.place.ranks() as u32;
-        let is_first_rank = spec.place.rank == 0;
-        let next = match is_first_rank && spec.n_stages > 1 {
-            true => Some(self.peer(engine, if spec.is_last() { 0 } else { group.end })?),
-            false => None,
+    /// Every engine with its place and where it is reached; None unless all serve.
+    pub(super) fn engines_at(&self, members: &Members) -> Option<Vec<EngineAt>> {
+        let at = |(number, spec): (u32, &EngineSpec)| {
+            let rank = self.rank(number)?;
+            Some(EngineAt {
+                number,
+                stage: spec.stage,
+                rank: spec.place.rank,
+                node: rank.node.clone(),
+                name: rank.node_name.clone(),
+                addresses: self.addresses(members, number)?,
+            })
         };
-        let ranks = group.clone().skip(1).filter(|_| is_first_rank).map(|rank| self.peer(engine, rank)).collect::<Option<_>>()?;
-        let group = if spec.place.is_alone() { None } else { Some(self.group(group)?) };
-        Some(Link { epoch, next, ranks, group })
+        self.numbers().zip(&self.engines).map(at).collect()
     }
 
-    fn peer(&self, from: u32, to: u32) -> Option<Peer> {
-        let port = self.serving.get(to as usize)?.port;
-        let member = self.members.get(&self.deployment.rank(to)?.node)?;
-        let (node, name) = (member.facts.id.clone(), member.facts.name.clone());
-        Some(Peer { node, name, addresses: self.addresses(from, to, port)? })
-    }
-
-    /// In MLX's ring each rank connects to the one after it.
-    fn group(&self, group: std::ops::Range<u32>) -> Option<GroupLink> {
-        let n = group.end - group.start;
-        let mut link = GroupLink { addresses: Vec::new(), names: Vec::new(), incarnations: Vec::new() };
-        for rank in 0..n {
-            let (before, own) = (group.start + (rank + n - 1) % n, group.start + rank);
-            let serving = self.serving.get(own as usize)?;
-            let addresses = self.addresses(before, own, serving.group_port)?;
-            // MLX's ring knows IPv4 alone.
-            let best = addresses.iter().find(|address| address.parse::<SocketAddrV4>().is_ok()).or(addresses.first());
-            link.addresses.push(best?.clone());
-            link.names.push(self.deployment.name(own));
-            link.incarnations.push(serving.incarnation);
-        }
-        Some(link)
-    }
-
-    /// Best first.
-    fn addresses(&self, from: u32, to: u32, port: u32) -> Option<Vec<String>> {
-        let member = |engine: u32| self.members.get(&self.deployment.rank(engine)?.node);
-        let (from, to) = (member(from)?, member(to)?);
-        Some(addresses::between(&from.facts, &to.facts, &to.reached, port, &self.links))
+    /// Whether no worker that can be asked runs an engine of it any more, now that none is wanted.
+    pub(super) fn is_gone(&self, members: &Members) -> bool {
+        self.plan.ranks().zip(&self.engines).all(|(rank, engine)| members.get(&rank.node).is_none_or(|member| member.is_rid_of(&engine.id)))
     }
 }

@@ -1,59 +1,18 @@
 //! What the coordinator's core is told, what it asks for, and how it can end.
 
-use super::placement::{Reckoned, WhyNot};
+use super::{
+    placement::WhyNot,
+    settings::{InstanceSettings, Kind},
+};
 use crate::serving::{Admitted, RequestEvent};
 use mlx_cluster_common::{
-    cache::CacheOptions,
-    engine::{EngineSpec, EngineStatus, Link, ModelSource, NodeFacts, Peer},
-    ids::{Epoch, NodeId, SequenceId},
+    engine::{EngineSpec, EngineStatus, Link, NodeFacts, Peer},
+    ids::{Epoch, InstanceId, NodeId, SequenceId},
     links::LinkFacts,
-    plan::{Collective, Optimize, Plan, Strategy, ToldStage},
+    plan::Plan,
     request::{Delivery, SessionCommand},
-    spec::ModelSpec,
-    weights::WeightMap,
 };
-use std::{sync::Arc, time::Duration};
-
-/// The model as the planner and the engines need it.
-#[derive(Debug)]
-pub struct ServedFacts {
-    pub name: String,
-    pub source: ModelSource,
-    pub spec: ModelSpec,
-    pub weights: WeightMap,
-    pub fingerprint: u64,
-    /// What the planner reckoned before.
-    pub reckoned: Reckoned,
-}
-
-/// What the coordinator was started with.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    pub cluster: String,
-    /// Part of the engines' ids, so that engines of an earlier coordinator are never taken for ours.
-    pub run: String,
-    pub model: Option<Arc<ServedFacts>>,
-    pub min_workers: usize,
-    pub strategy: Strategy,
-    pub split: Option<Vec<u32>>,
-    pub stages: Option<Vec<ToldStage>>,
-    pub collective: Collective,
-    pub optimize: Optimize,
-    pub context_tokens: Option<u32>,
-    pub caches: CacheOptions,
-    /// How long to wait for the first `min_workers`; None waits for ever.
-    pub wait: Option<Duration>,
-}
-
-impl Settings {
-    /// Workers that are needed before anything is planned.
-    pub(super) fn wanted_workers(&self) -> usize {
-        let split = self.split.as_ref().map_or(0, Vec::len);
-        let named: usize = self.stages.iter().flatten().map(|stage| stage.ranks.len()).sum();
-        let least = usize::from(self.model.is_some());
-        self.min_workers.max(split).max(named).max(least)
-    }
-}
+use std::time::Duration;
 
 /// What a worker says is the case.
 #[derive(Debug, Default)]
@@ -85,15 +44,18 @@ pub enum Event {
         cause: String,
     },
     Linked {
+        instance: InstanceId,
         epoch: Epoch,
         engine: u32,
         result: Result<(), String>,
     },
+    /// With the lead of the served model.
     SessionOpened {
         epoch: Epoch,
     },
-    /// The session with the lead ended; `node` is whom the lead blames, if anybody.
+    /// The session with the lead ended, or a job's runner is in trouble with its engines; `node` is who is blamed (by id or by name), if anybody.
     SessionBroken {
+        instance: InstanceId,
         epoch: Epoch,
         node: Option<String>,
         message: String,
@@ -109,6 +71,16 @@ pub enum Event {
     /// The client is gone, or does not read.
     Abandoned {
         sequence: SequenceId,
+    },
+    /// Plan a model over the workers and keep its engines alive. A number that is in use changes nothing.
+    Start {
+        instance: InstanceId,
+        kind: Kind,
+        settings: InstanceSettings,
+    },
+    /// Take the engines of an instance away; the others go on.
+    Stop {
+        instance: InstanceId,
     },
     /// Take nothing new, finish what runs within the limit, stop all engines, end.
     Drain {
@@ -127,6 +99,7 @@ pub enum Effect {
     },
     /// Tell an engine (by its number) its epoch and its neighbours; answered by `Linked`.
     Link {
+        instance: InstanceId,
         epoch: Epoch,
         engine: u32,
         name: String,
@@ -147,12 +120,46 @@ pub enum Effect {
         sequence: SequenceId,
         event: RequestEvent,
     },
-    Planned(Plan),
+    Planned {
+        instance: InstanceId,
+        plan: Plan,
+    },
+    /// All engines of a job are linked. After this exactly one of `TrainingBroken` with this epoch and `InstanceEnded` follows.
+    TrainingReady {
+        instance: InstanceId,
+        epoch: Epoch,
+        engines: Vec<EngineAt>,
+    },
+    /// What was under way with the engines of this epoch is lost; unless the instance ends, another epoch follows.
+    TrainingBroken {
+        instance: InstanceId,
+        epoch: Epoch,
+        cause: String,
+    },
+    /// Its engines are gone, and its number is free; the last effect about it.
+    InstanceEnded {
+        instance: InstanceId,
+        failure: Option<ClusterFailure>,
+    },
     /// Everything is stopped; the last effect.
     End(Option<ClusterFailure>),
 }
 
-/// Why a coordinator gave up.
+/// An engine that a job's runner may speak with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineAt {
+    /// Its place among all engines of the plan: stage by stage, rank by rank.
+    pub number: u32,
+    pub stage: u32,
+    pub rank: u32,
+    pub node: NodeId,
+    /// Of its worker.
+    pub name: String,
+    /// `host:port`, best first.
+    pub addresses: Vec<String>,
+}
+
+/// Why a coordinator, or one instance, gave up.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ClusterFailure {
     #[error(
@@ -170,6 +177,8 @@ pub enum ClusterFailure {
     Link { worker: String, message: String },
     #[error("worker {worker} made no progress with loading for {} s: see its log", waited.as_secs())]
     Stalled { worker: String, waited: Duration },
+    #[error("the coordinator is stopping: start it again and ask then")]
+    Stopping,
 }
 
 fn last_lines(output: &[String]) -> String {

@@ -60,7 +60,17 @@ impl Member {
 
     /// Whether it said that nothing runs any more, or cannot say anything.
     fn has_stopped(&self) -> bool {
-        !self.is_connected() || (self.observed_version >= self.desired_version && self.engines.is_empty())
+        !self.is_connected() || (self.is_told() && self.engines.is_empty())
+    }
+
+    /// Whether what it said last is about what is wanted now.
+    fn is_told(&self) -> bool {
+        self.observed_version >= self.desired_version
+    }
+
+    /// Whether it said that this engine, which is not wanted any more, is gone, or cannot say anything.
+    pub(super) fn is_rid_of(&self, engine: &EngineId) -> bool {
+        !self.is_connected() || (self.is_told() && !self.engines.contains_key(engine))
     }
 }
 
@@ -133,9 +143,9 @@ impl Members {
         });
     }
 
-    /// What changes when each worker shall run what `engine_of` says and nothing else, and measure the ways to all others.
-    pub(super) fn want(&mut self, engine_of: impl Fn(&NodeId) -> Option<EngineSpec>) -> Vec<Wanted> {
-        let wanted: Vec<_> = self.all.iter().map(|(node, member)| self.desired(member, engine_of(node))).collect();
+    /// What changes when each worker shall run what `engines_of` says and nothing else, and measure the ways to all others.
+    pub(super) fn want(&mut self, engines_of: impl Fn(&NodeId) -> Vec<EngineSpec>) -> Vec<Wanted> {
+        let wanted: Vec<_> = self.all.iter().map(|(node, member)| self.desired(member, engines_of(node))).collect();
         let mut changed = Vec::new();
         for ((node, member), desired) in self.all.iter_mut().zip(wanted) {
             if desired != member.desired || member.desired_version == 0 {
@@ -150,14 +160,14 @@ impl Members {
         changed
     }
 
-    fn desired(&self, member: &Member, engine: Option<EngineSpec>) -> Desired {
+    fn desired(&self, member: &Member, engines: Vec<EngineSpec>) -> Desired {
         let others = self.connected().filter(|other| other.facts.id != member.facts.id);
         let neighbours = others.map(|other| Peer {
             node: other.facts.id.clone(),
             name: other.facts.name.clone(),
             addresses: addresses::to_measure(&member.facts, &other.facts, &other.reached),
         });
-        Desired { neighbours: neighbours.collect(), engines: engine.into_iter().collect() }
+        Desired { neighbours: neighbours.collect(), engines }
     }
 
     /// What was measured between workers that are there.

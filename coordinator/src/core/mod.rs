@@ -4,11 +4,15 @@ mod addresses;
 pub mod cluster;
 mod deployment;
 pub mod event;
+pub mod instance;
 mod life_cycle;
 mod members;
 pub mod placement;
+mod planning;
 mod requests;
+pub mod settings;
 mod status;
+mod wiring;
 
 #[cfg(test)]
 mod cluster_tests;

@@ -1,8 +1,9 @@
 //! Random faults in a pretended cluster: whatever happens, every request ends once, and the model comes back.
 
 use super::{
-    event::{Event, Settings},
-    world::{World, ms, settings},
+    event::Event,
+    settings::InstanceSettings,
+    world::{Start, World, ms, start},
 };
 use crate::serving::InstanceState;
 use mlx_cluster_common::{
@@ -36,7 +37,11 @@ fn simulate(seed: u64) {
     };
     let mut world = match seed % 12 {
         // A pipeline of a group and one more.
-        2 | 8 => World::ready_with(Settings { stages: Some(hybrid()), ..settings(workers as usize, strategy) }, workers as usize, seed),
+        2 | 8 => {
+            let plain = start(workers as usize, strategy);
+            let own = InstanceSettings { stages: Some(hybrid()), ..plain.own };
+            World::ready_with(Start { own, ..plain }, workers as usize, seed)
+        }
         _ => World::ready(workers as usize, strategy, seed),
     };
     let mut sequences = Vec::new();

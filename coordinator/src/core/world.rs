@@ -3,18 +3,19 @@
 use super::{
     Now,
     cluster::Cluster,
-    event::{ClusterFailure, Effect, Event, ServedFacts, Settings, Snapshot},
+    event::{ClusterFailure, Effect, EngineAt, Event, Snapshot},
     placement::tests::{model, node},
+    settings::{InstanceSettings, Kind, ModelFacts, Settings, TrainingFacts},
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent};
 use mlx_cluster_common::{
-    cache::CacheOptions,
-    engine::{EngineSpec, EngineState, EngineStatus, ModelSource, NodeFacts, Peer},
-    ids::{Epoch, NodeId, SequenceId},
+    engine::{EngineSpec, EngineState, EngineStatus, Link, ModelSource, NodeFacts, Peer},
+    ids::{Epoch, InstanceId, NodeId, SequenceId},
     links::{LinkFacts, Medium},
-    plan::{Collective, Optimize, Plan, Strategy},
+    plan::{Plan, Strategy},
     request::{Delivery, FinishReason, SessionCommand, TokenOut},
     sampling::SamplingParams,
+    training::{FineTune, Optimizer, Parallel, Schedule, TrainingRole},
     units::Bytes,
 };
 use std::{
@@ -27,24 +28,38 @@ pub(crate) const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-pub(crate) fn settings(workers: usize, strategy: Strategy) -> Settings {
+/// How a pretended coordinator is started.
+#[derive(Clone)]
+pub(crate) struct Start {
+    pub(crate) settings: Settings,
+    /// None: idle.
+    pub(crate) model: Option<Arc<ModelFacts>>,
+    pub(crate) own: InstanceSettings,
+}
+
+pub(crate) fn start(workers: usize, strategy: Strategy) -> Start {
+    let settings = Settings { cluster: "test".into(), run: "run".into(), min_workers: workers, wait: Some(Duration::from_secs(120)) };
+    Start { settings, model: Some(facts()), own: InstanceSettings { strategy, ..InstanceSettings::default() } }
+}
+
+pub(crate) fn facts() -> Arc<ModelFacts> {
     let (spec, weights) = model(6, 64, true);
     let source = ModelSource::Folder("/model".into());
-    let facts = ServedFacts { name: "test".into(), source, spec, weights, fingerprint: 7, reckoned: Default::default() };
-    Settings {
-        cluster: "test".into(),
-        run: "run".into(),
-        model: Some(Arc::new(facts)),
-        min_workers: workers,
-        strategy,
-        split: None,
-        stages: None,
-        collective: Collective::Auto,
-        optimize: Optimize::Latency,
-        context_tokens: None,
-        caches: CacheOptions::default(),
-        wait: Some(Duration::from_secs(120)),
-    }
+    Arc::new(ModelFacts { name: "test".into(), source, spec, weights, fingerprint: 7, reckoned: Default::default() })
+}
+
+pub(crate) fn training(parallel: Parallel) -> Kind {
+    let role = TrainingRole {
+        fine_tune: FineTune::Full,
+        num_layers: None,
+        optimizer: Optimizer::Sgd { momentum: 0.0, weight_decay: 0.0, dampening: 0.0, nesterov: false },
+        schedule: Schedule::constant(1e-5),
+        seed: 0,
+        grad_checkpoint: false,
+        clear_cache_threshold: Bytes(0),
+        parallel,
+    };
+    Kind::Training(Arc::new(TrainingFacts { model: facts(), role }))
 }
 
 /// SplitMix64 (Steele et al. 2014): small, seeded, good enough to choose faults.
@@ -74,7 +89,8 @@ struct FakeEngine {
 struct FakeNode {
     connected: bool,
     version: u64,
-    engine: Option<FakeEngine>,
+    /// One for each instance at most.
+    engines: BTreeMap<InstanceId, FakeEngine>,
     links: Vec<LinkFacts>,
 }
 
@@ -94,9 +110,11 @@ enum Later {
     },
     Loaded {
         node: NodeId,
+        instance: InstanceId,
         incarnation: u64,
     },
     Link {
+        instance: InstanceId,
         epoch: Epoch,
         engine: u32,
         node: NodeId,
@@ -105,6 +123,7 @@ enum Later {
     /// It notices that a rank of its group is gone.
     Lose {
         node: NodeId,
+        instance: InstanceId,
         incarnation: u64,
         lost: String,
     },
@@ -133,11 +152,28 @@ fn way(from: &NodeId, to: &Peer, address: &str) -> LinkFacts {
     }
 }
 
+/// The runner of a job: what it was told.
+#[derive(Debug, Default)]
+pub(crate) struct FakeRunner {
+    /// The epoch whose engines it may use.
+    pub(crate) ready: Option<Epoch>,
+    pub(crate) engines: Vec<EngineAt>,
+    pub(crate) epochs: Vec<Epoch>,
+    pub(crate) plans: Vec<Plan>,
+    pub(crate) causes: Vec<String>,
+    pub(crate) ended: Option<Option<ClusterFailure>>,
+}
+
 pub(crate) struct World {
+    /// Memory of each worker.
+    pub(crate) usable: u64,
+    pub(crate) jobs: BTreeMap<InstanceId, FakeRunner>,
+    /// Ends of served models.
+    pub(crate) served_ends: Vec<Option<ClusterFailure>>,
+    /// What each engine was told last.
+    pub(crate) links: BTreeMap<(InstanceId, u32), Link>,
     /// Whether workers measure the ways between them.
     pub(crate) measures: bool,
-    /// Where each engine was told to find its next one.
-    pub(crate) told: BTreeMap<u32, Vec<String>>,
     pub(crate) cluster: Cluster,
     pub(crate) now: Now,
     pub(crate) random: Random,
@@ -156,11 +192,18 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(settings: Settings, seed: u64) -> Self {
+    pub(crate) fn new(start: Start, seed: u64) -> Self {
+        let cluster = match start.model {
+            Some(model) => Cluster::serving(start.settings, model, start.own),
+            None => Cluster::idle(start.settings),
+        };
         Self {
+            usable: 4_000_000_000,
+            jobs: BTreeMap::new(),
+            served_ends: Vec::new(),
+            links: BTreeMap::new(),
             measures: true,
-            told: BTreeMap::new(),
-            cluster: Cluster::new(settings),
+            cluster,
             now: Duration::ZERO,
             random: Random(seed),
             nodes: BTreeMap::new(),
@@ -179,11 +222,11 @@ impl World {
 
     /// A cluster of so many workers that serves.
     pub(crate) fn ready(workers: usize, strategy: Strategy, seed: u64) -> Self {
-        Self::ready_with(settings(workers, strategy), workers, seed)
+        Self::ready_with(start(workers, strategy), workers, seed)
     }
 
-    pub(crate) fn ready_with(settings: Settings, workers: usize, seed: u64) -> Self {
-        let mut world = Self::new(settings, seed);
+    pub(crate) fn ready_with(start: Start, workers: usize, seed: u64) -> Self {
+        let mut world = Self::new(start, seed);
         (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
         world.run(ms(10_000));
         assert_eq!(world.state(), InstanceState::Ready);
@@ -212,10 +255,11 @@ impl World {
     pub(crate) fn worker_up(&mut self, name: &str) {
         let id = Self::id(name);
         self.tell_of_the_end(&id);
-        let fake = self.nodes.entry(id.clone()).or_insert(FakeNode { connected: false, version: 0, engine: None, links: Vec::new() });
+        let fake =
+            self.nodes.entry(id.clone()).or_insert(FakeNode { connected: false, version: 0, engines: BTreeMap::new(), links: Vec::new() });
         fake.connected = true;
         let snapshot = Self::snapshot(fake);
-        let facts = NodeFacts { addresses: Self::addresses(name), ..node(name, 4_000_000_000, 0.0) };
+        let facts = NodeFacts { addresses: Self::addresses(name), ..node(name, self.usable, 0.0) };
         let (reached, facts) = (facts.addresses[0].clone(), Box::new(facts));
         self.tell(Event::WorkerUp { facts, reached, snapshot });
     }
@@ -232,69 +276,98 @@ impl World {
     /// Its stream breaks; with `dies` the process and its engine are gone too.
     pub(crate) fn worker_down(&mut self, name: &str, dies: bool) {
         let id = Self::id(name);
-        if dies {
-            self.group_loses(name, ms(5));
+        let instances: Vec<_> = self.nodes.get(&id).into_iter().flat_map(|fake| fake.engines.keys().copied()).collect();
+        for instance in instances.iter().filter(|_| dies) {
+            self.group_loses(name, *instance, ms(5));
         }
         let Some(fake) = self.nodes.get_mut(&id).filter(|fake| fake.connected) else { return };
         fake.connected = false;
-        let had = dies && fake.engine.take().is_some();
         if dies {
             (fake.version, fake.links) = (0, Vec::new());
-        }
-        if had {
-            self.break_session("connection reset");
+            fake.engines.clear();
+            instances.into_iter().for_each(|instance| self.break_epoch(instance, "connection reset"));
         }
         let delay = self.soon();
         self.after(delay, Later::Tell(Event::WorkerDown { node: id, cause: "connection reset".into() }));
     }
 
     pub(crate) fn engine_dies(&mut self, name: &str, retry_in_ms: Option<u64>) {
-        self.group_loses(name, ms(1));
+        self.engine_of_dies(InstanceId::SERVED, name, retry_in_ms);
+    }
+
+    pub(crate) fn engine_of_dies(&mut self, instance: InstanceId, name: &str, retry_in_ms: Option<u64>) {
+        self.group_loses(name, instance, ms(1));
         let cause = "its engine was killed by signal 9".to_owned();
-        self.engine_fails(&Self::id(name), EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms, lost: None });
+        let failed = EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms, lost: None };
+        self.engine_fails(&Self::id(name), instance, failed);
     }
 
     /// It does not end, but answers nobody any more; the others of its group notice after a while.
     pub(crate) fn engine_hangs(&mut self, name: &str) {
-        self.group_loses(name, ms(8000));
-        if let Some(engine) = self.nodes.get_mut(&Self::id(name)).and_then(|fake| fake.engine.as_mut()) {
-            engine.hangs = true;
+        self.engine_of_hangs(InstanceId::SERVED, name);
+    }
+
+    pub(crate) fn engine_of_hangs(&mut self, instance: InstanceId, name: &str) {
+        self.group_loses(name, instance, ms(8000));
+        let Some(engine) = self.engine_mut(&Self::id(name), instance) else { return };
+        engine.hangs = true;
+        let epoch = engine.epoch;
+        if self.jobs.get(&instance).is_some_and(|runner| runner.ready == Some(epoch)) {
+            // The runner gets no answer.
+            let (node, message) = (Some(name.to_owned()), "no answer".to_owned());
+            self.after(ms(9000), Later::Tell(Event::SessionBroken { instance, epoch, node, message }));
         }
     }
 
-    fn engine_fails(&mut self, id: &NodeId, state: EngineState) {
+    fn engine(&self, node: &NodeId, instance: InstanceId) -> Option<&FakeEngine> {
+        self.nodes.get(node)?.engines.get(&instance)
+    }
+
+    fn engine_mut(&mut self, node: &NodeId, instance: InstanceId) -> Option<&mut FakeEngine> {
+        self.nodes.get_mut(node)?.engines.get_mut(&instance)
+    }
+
+    fn engine_fails(&mut self, id: &NodeId, instance: InstanceId, state: EngineState) {
         let EngineState::Failed { retry_in_ms, .. } = state else { return };
-        let Some(engine) = self.nodes.get_mut(id).and_then(|fake| fake.engine.as_mut()) else { return };
+        let Some(engine) = self.engine_mut(id, instance) else { return };
         engine.state = state;
         engine.incarnation += 1;
         (engine.formed, engine.hangs) = (None, false);
         let incarnation = engine.incarnation;
-        self.break_session("stream closed");
+        self.break_epoch(instance, "stream closed");
         self.observe(id);
         if let Some(retry) = retry_in_ms {
-            self.after(ms(retry + 200), Later::Loaded { node: id.clone(), incarnation });
+            self.after(ms(retry + 200), Later::Loaded { node: id.clone(), instance, incarnation });
         }
     }
 
     /// The engines that have formed a group with the one of this worker will notice that it is gone.
-    fn group_loses(&mut self, name: &str, delay: Duration) {
+    fn group_loses(&mut self, name: &str, instance: InstanceId, delay: Duration) {
         let id = Self::id(name);
-        let own = self.nodes.get(&id).and_then(|fake| fake.engine.as_ref()).and_then(|engine| engine.formed.clone());
+        let own = self.engine(&id, instance).and_then(|engine| engine.formed.clone());
         if let Some(own) = own {
-            self.members_lose(&own, &id, name, delay);
+            self.members_lose(&own, instance, &id, delay);
         }
     }
 
     /// All of this group but `id`.
-    fn members_lose(&mut self, group: &[u64], id: &NodeId, name: &str, delay: Duration) {
+    fn members_lose(&mut self, group: &[u64], instance: InstanceId, id: &NodeId, delay: Duration) {
         let mates = self.nodes.iter().filter_map(|(node, fake)| {
-            let engine = fake.engine.as_ref().filter(|engine| node != id && engine.formed.as_deref() == Some(group))?;
+            let engine = fake.engines.get(&instance).filter(|engine| node != id && engine.formed.as_deref() == Some(group))?;
             Some((node.clone(), engine.incarnation))
         });
         for (node, incarnation) in mates.collect::<Vec<_>>() {
             let delay = delay + self.soon();
-            self.after(delay, Later::Lose { node, incarnation, lost: name.to_owned() });
+            self.after(delay, Later::Lose { node, instance, incarnation, lost: engine_name(id) });
         }
+    }
+
+    pub(crate) fn start_job(&mut self, number: u64, strategy: Strategy, kind: Kind) -> InstanceId {
+        let instance = InstanceId(number);
+        self.jobs.insert(instance, FakeRunner::default());
+        let settings = InstanceSettings { strategy, ..InstanceSettings::default() };
+        self.tell(Event::Start { instance, kind, settings });
+        instance
     }
 
     pub(crate) fn submit(&mut self, sequence: u64) -> SequenceId {
@@ -357,20 +430,48 @@ impl World {
         let delay = self.soon();
         match effect {
             Effect::SetDesired { node, version, engines, neighbours } => {
+                let promised: u64 = engines.iter().map(|engine| engine.memory.0).sum();
+                assert!(promised <= self.usable, "{promised} bytes of {} are promised", self.usable);
                 self.after(delay, Later::Apply { node, version, engines, neighbours });
             }
-            Effect::Link { epoch, engine, link, .. } => {
-                self.told.insert(engine, link.next.map(|peer| peer.addresses).unwrap_or_default());
+            Effect::Link { instance, epoch, engine, link, .. } => {
+                self.links.insert((instance, engine), link.clone());
                 assert!(self.epochs.last().is_none_or(|last| *last <= epoch), "epochs rise");
-                assert!(self.session.is_none(), "no session while linking");
+                let in_use = match self.jobs.get(&instance) {
+                    Some(runner) => runner.ready.is_some(),
+                    None => self.session.is_some(),
+                };
+                assert!(!in_use, "nothing runs while linking");
                 if self.epochs.last() != Some(&epoch) {
                     self.epochs.push(epoch);
                 }
-                let node = self.plans.last().map(|plan| plan.ranks().nth(engine as usize).expect("a rank").node.clone()).expect("a plan");
-                self.after(delay, Later::Link { epoch, engine, node, group: link.group.map(|group| group.incarnations) });
+                let plans = self.jobs.get(&instance).map_or(&self.plans, |runner| &runner.plans);
+                let node = plans.last().map(|plan| plan.ranks().nth(engine as usize).expect("a rank").node.clone()).expect("a plan");
+                self.after(delay, Later::Link { instance, epoch, engine, node, group: link.group.map(|group| group.incarnations) });
+            }
+            Effect::TrainingReady { instance, epoch, engines } => {
+                let runner = self.jobs.get_mut(&instance).expect("a job");
+                assert!(runner.ready.is_none() && runner.ended.is_none(), "told in order");
+                assert!(runner.epochs.iter().all(|before| *before < epoch), "a fresh epoch");
+                (runner.ready, runner.engines) = (Some(epoch), engines);
+                runner.epochs.push(epoch);
+            }
+            Effect::TrainingBroken { instance, epoch, cause } => {
+                let runner = self.jobs.get_mut(&instance).expect("a job");
+                assert_eq!(runner.ready.take(), Some(epoch), "told once, in order");
+                runner.causes.push(cause);
+            }
+            Effect::InstanceEnded { instance: InstanceId::SERVED, failure } => self.served_ends.push(failure),
+            Effect::InstanceEnded { instance, failure } => {
+                let runner = self.jobs.get_mut(&instance).expect("a job");
+                assert!(runner.ended.is_none(), "it ends once");
+                (runner.ready, runner.ended) = (None, Some(failure));
             }
             Effect::OpenSession { epoch, .. } => {
-                assert_eq!(self.epochs.last(), Some(&epoch), "only the newest epoch gets a session");
+                assert_eq!(
+                    self.links.iter().filter(|((id, _), _)| *id == InstanceId::SERVED).map(|(_, link)| link.epoch).max(),
+                    Some(epoch)
+                );
                 assert!(self.session.is_none(), "one session at a time");
                 self.session = Some(epoch);
                 let lead = self.plans.last().map(|plan| plan.stages[0].ranks[0].node.clone()).expect("a plan");
@@ -393,7 +494,8 @@ impl World {
                 assert!(!self.abandoned.contains(&sequence), "nobody reads the answers of {sequence}");
                 self.answers.entry(sequence).or_default().push(event);
             }
-            Effect::Planned(plan) => self.plans.push(plan),
+            Effect::Planned { instance: InstanceId::SERVED, plan } => self.plans.push(plan),
+            Effect::Planned { instance, plan } => self.jobs.get_mut(&instance).expect("a job").plans.push(plan),
             Effect::End(failure) => self.ended = Some(failure),
         }
     }
@@ -408,28 +510,28 @@ impl World {
                 self.apply(&node, version, engines);
             }
             Later::Measured { node, version, neighbours } => self.measured(&node, version, &neighbours),
-            Later::Loaded { node, incarnation } => {
-                let Some(engine) = self.nodes.get_mut(&node).and_then(|fake| fake.engine.as_mut()) else { return };
+            Later::Loaded { node, instance, incarnation } => {
+                let Some(engine) = self.engine_mut(&node, instance) else { return };
                 if engine.incarnation == incarnation {
                     let group_port = if engine.spec.place.is_alone() { 0 } else { 10 };
                     engine.state = EngineState::Ready { port: 9, group_port, incarnation, resident: Bytes(1) };
                     self.observe(&node);
                 }
             }
-            Later::Link { epoch, engine: number, node, group } => {
-                let (result, wait) = self.link(epoch, &node, group);
-                self.after(delay + wait, Later::Tell(Event::Linked { epoch, engine: number, result }));
+            Later::Link { instance, epoch, engine: number, node, group } => {
+                let (result, wait) = self.link(instance, epoch, &node, group);
+                self.after(delay + wait, Later::Tell(Event::Linked { instance, epoch, engine: number, result }));
             }
-            Later::Lose { node, incarnation, lost } => {
-                let engine = self.nodes.get(&node).and_then(|fake| fake.engine.as_ref());
+            Later::Lose { node, instance, incarnation, lost } => {
+                let engine = self.engine(&node, instance);
                 if engine.is_some_and(|engine| engine.incarnation == incarnation && !engine.hangs) {
                     let cause = format!("lost rank 9 of worker {lost}");
                     let failed = EngineState::Failed { cause, output: Vec::new(), retry_in_ms: Some(200), lost: Some(lost) };
-                    self.engine_fails(&node, failed);
+                    self.engine_fails(&node, instance, failed);
                 }
             }
             Later::Open { epoch, lead } => {
-                let engine = self.nodes.get(&lead).and_then(|fake| fake.engine.as_ref());
+                let engine = self.engine(&lead, InstanceId::SERVED);
                 if self.session != Some(epoch) {
                     return;
                 }
@@ -438,15 +540,15 @@ impl World {
                     return self.tell(Event::SessionOpened { epoch });
                 }
                 self.session = None;
-                self.tell(Event::SessionBroken { epoch, node: None, message: "connection refused".into() });
+                self.tell(Event::SessionBroken { instance: InstanceId::SERVED, epoch, node: None, message: "connection refused".into() });
             }
             Later::Token { epoch, sequence, left } => self.token(epoch, sequence, left),
         }
     }
 
     /// What an engine answers to a link, and how long it takes for that.
-    fn link(&mut self, epoch: Epoch, node: &NodeId, group: Option<Vec<u64>>) -> (Result<(), String>, Duration) {
-        let engine = self.nodes.get_mut(node).and_then(|fake| fake.engine.as_mut());
+    fn link(&mut self, instance: InstanceId, epoch: Epoch, node: &NodeId, group: Option<Vec<u64>>) -> (Result<(), String>, Duration) {
+        let engine = self.engine_mut(node, instance);
         let Some(engine) = engine.filter(|engine| matches!(engine.state, EngineState::Ready { .. }) && engine.epoch < epoch) else {
             return (Err("connection refused".to_owned()), ms(0));
         };
@@ -456,19 +558,20 @@ impl World {
         engine.epoch = epoch;
         assert_eq!(group.as_ref().map_or(1, Vec::len), engine.spec.place.ranks(), "a link names the whole group");
         let Some(group) = group else { return (Ok(()), ms(0)) };
-        let name = engine_name(node);
         if engine.formed.as_ref().is_some_and(|formed| *formed != group) {
             let cause = "a process can be in one group in its life".to_owned();
-            self.engine_fails(node, EngineState::Failed { cause: cause.clone(), output: Vec::new(), retry_in_ms: Some(200), lost: None });
-            self.members_lose(&group, node, &name, ms(1));
+            let failed = EngineState::Failed { cause: cause.clone(), output: Vec::new(), retry_in_ms: Some(200), lost: None };
+            self.engine_fails(node, instance, failed);
+            self.members_lose(&group, instance, node, ms(1));
             return (Err(cause), ms(0));
         }
         engine.formed = Some(group.clone());
-        let alive = self.nodes.values().filter_map(|fake| fake.engine.as_ref()).filter(|engine| group.contains(&engine.incarnation));
+        let engines = self.nodes.values().filter_map(|fake| fake.engines.get(&instance));
+        let alive = engines.filter(|engine| group.contains(&engine.incarnation));
         if alive.count() < group.len() {
             // It waits for a rank that never comes.
-            let incarnation = self.nodes.get(node).and_then(|fake| fake.engine.as_ref()).map_or(0, |engine| engine.incarnation);
-            self.after(ms(15_000), Later::Lose { node: node.clone(), incarnation, lost: name });
+            let incarnation = self.engine(node, instance).map_or(0, |engine| engine.incarnation);
+            self.after(ms(15_000), Later::Lose { node: node.clone(), instance, incarnation, lost: engine_name(node) });
             return (Err("the group did not form".to_owned()), ms(15_100));
         }
         (Ok(()), ms(0))
@@ -504,30 +607,27 @@ impl World {
         // In order: what was wanted before never overtakes what is wanted now.
         let Some(fake) = self.nodes.get_mut(node).filter(|fake| fake.connected && fake.version <= version) else { return };
         fake.version = version;
-        let wanted = engines.into_iter().next();
-        let same = fake.engine.as_ref().map(|engine| &engine.spec.id) == wanted.as_ref().map(|spec| &spec.id);
-        if !same {
-            let had = fake.engine.take().is_some();
+        let wanted: BTreeMap<_, _> = engines.into_iter().map(|spec| (instance_of(&spec), spec)).collect();
+        let is_wanted =
+            |(instance, engine): &(&InstanceId, &FakeEngine)| wanted.get(instance).is_some_and(|spec| spec.id == engine.spec.id);
+        let dropped: Vec<_> = fake.engines.iter().filter(|engine| !is_wanted(engine)).map(|(instance, _)| *instance).collect();
+        fake.engines.retain(|instance, _| !dropped.contains(instance));
+        for (instance, spec) in wanted.into_iter().filter(|(instance, _)| !fake.engines.contains_key(instance)).collect::<Vec<_>>() {
             let incarnation = self.count + 1_000_000;
-            fake.engine = wanted.map(|spec| FakeEngine {
-                spec,
-                incarnation,
-                state: EngineState::Loading { done: Bytes(0), total: Bytes(1) },
-                epoch: Epoch(0),
-                formed: None,
-                hangs: false,
-            });
-            if had {
-                self.break_session("replaced");
+            let state = EngineState::Loading { done: Bytes(0), total: Bytes(1) };
+            let engine = FakeEngine { spec, incarnation, state, epoch: Epoch(0), formed: None, hangs: false };
+            if let Some(fake) = self.nodes.get_mut(node) {
+                fake.engines.insert(instance, engine);
             }
-            self.after(load, Later::Loaded { node: node.clone(), incarnation });
+            self.after(load, Later::Loaded { node: node.clone(), instance, incarnation });
         }
+        dropped.into_iter().for_each(|instance| self.break_epoch(instance, "replaced"));
         self.observe(node);
     }
 
     fn snapshot(fake: &FakeNode) -> Snapshot {
         let status = |engine: &FakeEngine| EngineStatus { id: engine.spec.id.clone(), state: engine.state.clone() };
-        Snapshot { version: fake.version, engines: fake.engine.iter().map(status).collect(), links: fake.links.clone() }
+        Snapshot { version: fake.version, engines: fake.engines.values().map(status).collect(), links: fake.links.clone() }
     }
 
     /// Each worker has a slow interface, which it names first, and a fast one.
@@ -544,16 +644,30 @@ impl World {
         self.after(ms(1), Later::Tell(event));
     }
 
-    fn break_session(&mut self, message: &str) {
-        if let Some(epoch) = self.opened.take() {
-            self.at_lead.clear();
+    /// Whoever speaks with the engines of this instance notices soon.
+    fn break_epoch(&mut self, instance: InstanceId, message: &str) {
+        let epoch = match self.jobs.get(&instance) {
+            Some(runner) => runner.ready,
+            None => {
+                let opened = self.opened.take_if(|_| instance == InstanceId::SERVED);
+                if opened.is_some() {
+                    self.at_lead.clear();
+                }
+                opened
+            }
+        };
+        if let Some(epoch) = epoch {
             let delay = self.soon();
-            let event = Event::SessionBroken { epoch, node: None, message: message.into() };
-            self.after(delay, Later::Tell(event));
+            self.after(delay, Later::Tell(Event::SessionBroken { instance, epoch, node: None, message: message.into() }));
         }
     }
 }
 
 fn engine_name(node: &NodeId) -> String {
     node.0.trim_start_matches("id-").to_owned()
+}
+
+/// As the engine's id tells.
+fn instance_of(spec: &EngineSpec) -> InstanceId {
+    InstanceId(spec.id.0.split('-').nth(1).and_then(|number| number.parse().ok()).expect("a number"))
 }

@@ -1,7 +1,10 @@
 //! Tells one engine who comes after it.
 
-use crate::core::{cluster::link_timeout, event::Event};
-use mlx_cluster_common::{engine::Link, ids::Epoch};
+use crate::core::{event::Event, instance::link_timeout};
+use mlx_cluster_common::{
+    engine::Link,
+    ids::{Epoch, InstanceId},
+};
 use mlx_cluster_proto::{
     net,
     wire::{LinkRequest, engine_client::EngineClient},
@@ -10,6 +13,7 @@ use mlx_cluster_proto::{
 /// A call to an engine.
 #[derive(Debug)]
 pub(crate) struct LinkCall {
+    pub(crate) instance: InstanceId,
     pub(crate) epoch: Epoch,
     pub(crate) engine: u32,
     pub(crate) name: String,
@@ -19,13 +23,13 @@ pub(crate) struct LinkCall {
 
 impl LinkCall {
     pub(super) async fn run(self) -> Event {
-        let (epoch, engine, name) = (self.epoch, self.engine, self.name.clone());
+        let (instance, epoch, engine, name) = (self.instance, self.epoch, self.engine, self.name.clone());
         let limit = link_timeout(&self.link);
         let result = match tokio::time::timeout(limit, self.call()).await {
             Ok(result) => result,
             Err(_) => Err(format!("the engine on {name} did not answer within {} s", limit.as_secs())),
         };
-        Event::Linked { epoch, engine, result }
+        Event::Linked { instance, epoch, engine, result }
     }
 
     async fn call(self) -> Result<(), String> {

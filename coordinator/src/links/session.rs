@@ -1,8 +1,11 @@
 //! The session with the lead engine: sequences in, tokens out, for one epoch.
 
 use super::Note;
-use crate::core::{cluster::LINK_TIMEOUT, event::Event};
-use mlx_cluster_common::{ids::Epoch, request::SessionCommand};
+use crate::core::{event::Event, instance::LINK_TIMEOUT};
+use mlx_cluster_common::{
+    ids::{Epoch, InstanceId},
+    request::SessionCommand,
+};
 use mlx_cluster_proto::{
     convert::SessionEvent,
     net,
@@ -70,7 +73,8 @@ impl SessionCall {
         let work = async move {
             let epoch = self.epoch;
             let Some(Err(broken)) = stop.run_until_cancelled(self.run(receiver, &notes)).await else { return };
-            let event = Event::SessionBroken { epoch, node: broken.node, message: broken.message };
+            let Broken { node, message } = broken;
+            let event = Event::SessionBroken { instance: InstanceId::SERVED, epoch, node, message };
             // Fails only when the driver has ended.
             drop(notes.send(Note::Event(event)).await);
         };

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
 
 /// The first and only line on stdin. The pipe stays open as long as the worker lives: an engine ends when it closes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Boot {
     pub spec: EngineSpec,
     /// The folder that holds config.json and the weight files, all of them complete.

@@ -23,6 +23,7 @@ fn spec(id: &str, layers_end: u32) -> EngineSpec {
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
         weight_peers: Vec::new(),
+        training: None,
     }
 }
 

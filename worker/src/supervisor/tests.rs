@@ -121,6 +121,7 @@ fn spec(folder: &Path) -> EngineSpec {
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
         weight_peers: Vec::new(),
+        training: None,
     }
 }
 

@@ -223,6 +223,7 @@ pub(super) fn ready() -> ClusterStatus {
         cluster: "home".into(),
         instance: InstanceState::Ready,
         plan: None,
+        jobs: Vec::new(),
         workers: Vec::new(),
         load: EngineLoad { running: 2, waiting: 1, cache_tokens_used: 25, cache_tokens_max: 100, ..Default::default() },
         join_addresses: vec!["10.0.0.1:7000".into()],

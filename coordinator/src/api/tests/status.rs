@@ -1,10 +1,11 @@
 //! Health, models, figures and the cluster's state.
 
 use super::fake::{EOS, Fake, Step, ready};
-use crate::serving::{ClusterStatus, InstanceState, RequestFailure, WorkerStatus};
+use crate::serving::{ClusterStatus, EngineOn, InstanceState, RequestFailure, WorkerStatus};
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     engine::{EngineState, NodeFacts},
+    ids::InstanceId,
     plan::{Plan, Rank, Stage, Strategy},
     request::FinishReason,
     units::Bytes,
@@ -59,7 +60,11 @@ fn with_worker() -> ClusterStatus {
         alternatives: Vec::new(),
         why: "one worker holds it".into(),
     };
-    ClusterStatus { plan: Some(plan), workers: vec![WorkerStatus { facts, connected: true, engine: Some(engine) }], ..ready() }
+    ClusterStatus {
+        plan: Some(plan),
+        workers: vec![WorkerStatus { facts, connected: true, engines: vec![EngineOn { instance: InstanceId::SERVED, state: engine }] }],
+        ..ready()
+    }
 }
 
 #[tokio::test]
@@ -72,6 +77,7 @@ async fn health_is_good_only_when_the_model_can_answer() {
         (InstanceState::Loading, 503, Some("the model is being loaded; try again in a moment")),
         (InstanceState::Recovering { cause: "mini is gone".into() }, 503, Some("mini is gone; it comes back by itself")),
         (InstanceState::Failed { message: failed.into() }, 503, Some(failed)),
+        (InstanceState::Unloading, 503, Some("its engines are being stopped")),
         (InstanceState::Draining, 503, Some("the coordinator is stopping")),
     ];
     for (state, status, cause) in cases {

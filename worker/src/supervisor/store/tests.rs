@@ -41,6 +41,7 @@ fn spec(model: ModelSource) -> EngineSpec {
         caches: CacheOptions::default(),
         reservation: CacheReservation::default(),
         weight_peers: Vec::new(),
+        training: None,
     }
 }
 

@@ -1,0 +1,136 @@
+//! When an instance gets a plan: once its workers are there and measured, over the memory that other instances leave.
+
+use super::{
+    Now,
+    deployment::Deployment,
+    event::{ClusterFailure, Effect},
+    instance::{Context, Instance, Phase},
+    members::Members,
+    placement::{self, PlanOptions, WhyNot},
+    settings::Settings,
+};
+use mlx_cluster_common::{
+    engine::NodeFacts,
+    plan::{Plan, Strategy},
+    units::Bytes,
+};
+use std::time::Duration;
+
+/// After a worker came, others may come right behind it.
+const SETTLE: Duration = Duration::from_millis(500);
+/// And workers get this long to measure the ways between them; a plan is made without what is missing then.
+const MEASURED_WITHIN: Duration = Duration::from_secs(2);
+/// At the first start, a model that does not fit gets this long for one more worker, or for another instance to let go of memory.
+const FIT_GRACE: Duration = Duration::from_secs(5);
+
+impl Instance {
+    pub(super) fn advance_waiting(&mut self, context: &mut Context<'_>) -> bool {
+        let (members, now) = (context.members, context.now);
+        if self.deployment.as_ref().is_some_and(|deployment| deployment.all_connected(members)) {
+            self.refusal = None;
+            return self.load(now);
+        }
+        let (found, wanted) = (members.connected().count(), self.wanted_workers(context.settings));
+        if found < wanted {
+            let waited = context.settings.wait.filter(|wait| self.is_first_start && now >= self.started + *wait);
+            let Some(waited) = waited else { return false };
+            let cluster = context.settings.cluster.clone();
+            return self.give_up(ClusterFailure::NoWorkers { cluster, found, wanted, waited }, context);
+        }
+        let settled = members.last_up + if members.all_measured() { SETTLE } else { MEASURED_WITHIN };
+        now >= settled && self.deploy(context)
+    }
+
+    /// Plans over who is connected, and has the workers carry it out.
+    fn deploy(&mut self, context: &mut Context<'_>) -> bool {
+        if let Some((situation, why)) = &self.refusal
+            && *situation == context.situation
+        {
+            let given_up = self.is_first_start && context.now >= self.grace(context.members);
+            let why = why.clone();
+            return given_up && self.give_up(why.into(), context);
+        }
+        match self.plan(context) {
+            Ok(plan) => {
+                self.refusal = None;
+                context.effects.push(Effect::Planned { instance: self.id, plan: plan.clone() });
+                self.deployment = Some(self.deployment_of(plan, context));
+                context.engines_changed = true;
+                self.load(context.now)
+            }
+            Err(why) => self.refused(why, context),
+        }
+    }
+
+    /// Until when a model that does not fit at its first start is waited with.
+    fn grace(&self, members: &Members) -> Now {
+        members.last_up.max(self.started) + FIT_GRACE
+    }
+
+    fn plan(&self, context: &Context<'_>) -> Result<Plan, WhyNot> {
+        let model = self.kind.model();
+        let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_for(self, &member.facts, context)).collect();
+        let options = self.plan_options(context.settings);
+        placement::plan_again(&model.reckoned, &model.spec, &model.weights, &nodes, &context.members.links(), &options)
+    }
+
+    /// What carries out a plan, under ids that were never used.
+    pub(super) fn deployment_of(&self, plan: Plan, context: &mut Context<'_>) -> Deployment {
+        let run = format!("{}-{}-{}", context.settings.run, self.id, context.counters.next_generation());
+        Deployment::new(plan, &self.kind, &self.settings, &run).with_weight_peers(context.members)
+    }
+
+    fn refused(&mut self, why: WhyNot, context: &mut Context<'_>) -> bool {
+        if self.is_first_start && why.is_usage() {
+            return self.give_up(why.into(), context);
+        }
+        self.refusal = Some((context.situation, why));
+        true
+    }
+
+    fn plan_options(&self, settings: &Settings) -> PlanOptions {
+        let own = &self.settings;
+        let min_workers = match own.strategy {
+            Strategy::Pipeline | Strategy::Tensor => self.wanted_workers(settings),
+            Strategy::Auto => 1,
+        };
+        PlanOptions {
+            model: self.kind.model().name.clone(),
+            strategy: own.strategy,
+            split: own.split.clone(),
+            stages: own.stages.clone(),
+            optimize: own.optimize,
+            context_tokens: own.context_tokens,
+            caches: own.caches,
+            min_workers,
+        }
+    }
+
+    /// When it wants to [`advance`](Self::advance), if nothing happens before.
+    pub(super) fn deadline(&self, members: &Members, settings: &Settings, now: Now) -> Option<Now> {
+        let last_up = members.last_up;
+        let waits = match &self.phase {
+            Phase::Waiting => vec![
+                last_up + SETTLE,
+                last_up + MEASURED_WITHIN,
+                self.grace(members),
+                settings.wait.map_or(Now::ZERO, |wait| self.started + wait),
+            ],
+            Phase::Loading { stalls_at } => vec![*stalls_at],
+            Phase::Linking { until, .. }
+            | Phase::Opening { until, .. }
+            | Phase::Suspect { until, .. }
+            | Phase::Pausing { until }
+            | Phase::Stopping { until, .. } => vec![*until],
+            Phase::Ready { .. } | Phase::Failed { .. } | Phase::Ended { .. } => Vec::new(),
+        };
+        waits.into_iter().filter(|at| *at > now).min()
+    }
+}
+
+/// A node as the planner shall see it: with the memory that the engines of other instances do not take.
+fn left_for(instance: &Instance, node: &NodeFacts, context: &Context<'_>) -> NodeFacts {
+    let others = context.others.values().filter(|other| other.id != instance.id);
+    let reserved: u64 = others.map(|other| other.reserved(&node.id).0).sum();
+    NodeFacts { usable_memory: Bytes(node.usable_memory.0.saturating_sub(reserved)), ..node.clone() }
+}
