@@ -7,6 +7,7 @@ pub mod dtype;
 pub mod engine;
 pub mod ids;
 pub mod links;
+pub mod nearest;
 pub mod plan;
 pub mod prediction;
 pub mod published;

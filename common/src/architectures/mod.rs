@@ -70,6 +70,7 @@ mod youtu_llm;
 
 use crate::{
     config::{Config, ConfigError},
+    nearest::nearest,
     spec::ModelSpec,
 };
 use blocks::Source;
@@ -184,28 +185,12 @@ pub fn supported_model_types() -> Vec<&'static str> {
 }
 
 fn unknown(model_type: &str) -> ConfigError {
-    let nearest = architectures().into_iter().map(|architecture| architecture.model_type).min_by_key(|known| distance(known, model_type));
+    let nearest = nearest(model_type, supported_model_types());
     ConfigError::UnknownModelType {
         model_type: model_type.chars().take(80).collect(),
         nearest: nearest.unwrap_or_default(),
         supported: architectures().len(),
     }
-}
-
-/// Edit distance (Levenshtein 1966).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().take(80).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(row[j + 1] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 impl fmt::Display for Group {

@@ -1,15 +1,19 @@
 //! The nouns of fine-tuning: what is trained, by which optimizer, on which schedule, spread how over engines.
 
 pub mod batch;
+pub mod config;
 pub mod fine_tune;
 pub mod modules;
 pub mod optimizer;
 pub mod role;
 pub mod schedule;
+pub mod strategy;
 
 pub use batch::{MicroBatch, Row};
+pub use config::{AdapterConfig, TrainingConfig, TrainingConfigError};
 pub use fine_tune::{FineTune, LoraParameters};
 pub use modules::{Module, ModuleShape, TrainedError, TrainedParameter};
 pub use optimizer::Optimizer;
 pub use role::{Parallel, TrainingRole};
 pub use schedule::{Decay, Schedule, Warmup};
+pub use strategy::TrainStrategy;

@@ -58,7 +58,7 @@ impl Decay {
             Decay::Constant { rate } => rate as f32,
             Decay::Cosine { init, steps, end } => {
                 let s = step.min(steps) as f32;
-                let decay = 0.5 * (1.0 + ((std::f64::consts::PI / steps as f64) as f32 * s).cos());
+                let decay = 0.5 * (1.0 + cos((std::f64::consts::PI / steps as f64) as f32 * s));
                 end as f32 + decay * (init - end) as f32
             }
             Decay::Exponential { init, rate } => init as f32 * (rate as f32).powf(step as f32),
@@ -68,6 +68,23 @@ impl Decay {
     }
 }
 
+/// Of an angle from 0 to pi, as MLX computes it on a CPU (mlx/backend/cpu/simd/math.h, after Cephes): the last bits are not those
+/// of the standard library.
+fn cos(angle: f32) -> f32 {
+    let octant = ((angle * 1.273_239_5) as u32 + 1) & !1;
+    let y = octant as f32;
+    let x = y.mul_add(-3.774_895e-8, y.mul_add(-2.418_756_5e-4, y.mul_add(-0.785_156_25, angle)));
+    let z = x * x;
+    let cosine = z.mul_add(-0.5, z.mul_add(2.443_315_7e-5, -1.388_731_6e-3).mul_add(z, 4.166_664_6e-2) * z * z) + 1.0;
+    let sine = x.mul_add(z.mul_add(-1.951_529_6e-4, 8.332_161e-3).mul_add(z, -1.666_665_5e-1) * z, x);
+    let of_octant = if octant & 2 != 0 { sine } else { cosine };
+    if octant.wrapping_sub(2) & 4 != 0 { of_octant } else { -of_octant }
+}
+
 fn linear(init: f64, end: f64, steps: u64, step: u64) -> f32 {
     step.min(steps) as f32 * ((end - init) / steps as f64) as f32 + init as f32
 }
+
+#[cfg(test)]
+#[path = "schedule_tests.rs"]
+mod tests;
