@@ -220,6 +220,7 @@ impl Planner<'_> {
             prediction: self.predictor().predict(&fit.layout),
             alternatives: fit.alternatives.clone(),
             why: self.why(fit),
+            training: None,
         })
     }
 
