@@ -155,7 +155,7 @@ pub struct Plan {
     /// How the split came about, in a sentence.
     pub why: String,
     /// None where the model is served.
-    pub training: Option<TrainingPlan>,
+    pub training: Option<Box<TrainingPlan>>,
 }
 
 /// Consecutive layers on one node, or on several that form a tensor-parallel group or, in training, are replicas.
@@ -251,7 +251,7 @@ impl fmt::Display for Plan {
         write!(f, "  {why}")?;
         if let Some(training) = &self.training {
             let shares = stages.first().map(Stage::shares).unwrap_or_default();
-            write!(f, "\n  training: {}; {training}", training.parallel_text(&shares))?;
+            write!(f, "\n  training: {}; {training}", training.parallel_text(stages.len(), &shares))?;
             if let Some(seconds) = training.step_seconds {
                 let tokens = f64::from(training.batch_size) * f64::from(training.tokens_per_row);
                 write!(f, "\n  predicted: {seconds:.2} s a batch of full rows, {:.0} tokens/s", tokens / seconds.max(1e-9))?;

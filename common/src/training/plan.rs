@@ -31,12 +31,13 @@ pub struct TrainingPlan {
 
 impl TrainingPlan {
     /// What the ranks of a stage do, given their shares.
-    pub fn parallel_text(&self, shares: &[u32]) -> String {
+    pub fn parallel_text(&self, n_stages: usize, shares: &[u32]) -> String {
         let by_shares: Vec<String> = shares.iter().map(u32::to_string).collect();
         match (self.parallel, shares.len()) {
-            (_, 0 | 1) => "all rows through every stage".to_owned(),
+            (_, 0 | 1) if n_stages > 1 => format!("all rows through {n_stages} stages"),
+            (_, 0 | 1) => "all rows on one worker".to_owned(),
             (Parallel::Data, n) => format!("{n} replicas by rows {}, which add up {} of gradients", by_shares.join(":"), self.gradients),
-            (Parallel::Tensor, n) => format!("every matrix split over {n} workers {}", by_shares.join(":")),
+            (Parallel::Tensor, n) => format!("every matrix in {n} parts {}", by_shares.join(":")),
         }
     }
 
@@ -60,7 +61,11 @@ impl TrainingPlan {
 impl fmt::Display for TrainingPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { micro_batch_rows, batch_size, tokens_per_row, accumulation, fine_tune, trainable, .. } = self;
-        write!(f, "{fine_tune} of {trainable} numbers, batches of {batch_size} rows of up to {tokens_per_row} tokens")?;
+        write!(
+            f,
+            "{fine_tune} of {:.3}M parameters, batches of {batch_size} rows of up to {tokens_per_row} tokens",
+            *trainable as f64 / 1e6
+        )?;
         write!(f, ", at most {micro_batch_rows} at once on a worker")?;
         if *accumulation > 1 { write!(f, ", an update every {accumulation} batches") } else { Ok(()) }
     }
