@@ -4,6 +4,7 @@ use crate::{
     cache::{CacheOptions, CacheReservation},
     ids::NodeId,
     prediction::{Alternative, Prediction},
+    training::TrainingPlan,
     units::Bytes,
 };
 use serde::{Deserialize, Serialize};
@@ -153,9 +154,11 @@ pub struct Plan {
     pub alternatives: Vec<Alternative>,
     /// How the split came about, in a sentence.
     pub why: String,
+    /// None where the model is served.
+    pub training: Option<Box<TrainingPlan>>,
 }
 
-/// Consecutive layers on one node, or on several that form a tensor-parallel group.
+/// Consecutive layers on one node, or on several that form a tensor-parallel group or, in training, are replicas.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stage {
     pub layers: Range<u32>,
@@ -171,9 +174,9 @@ pub struct Rank {
     /// What this rank takes of every block that can be split so, in proportion to the shares of all ranks.
     pub share: u32,
     pub weights: Bytes,
-    /// KV caches for `cache_tokens`, and states.
+    /// KV caches for `cache_tokens`, and states; in training adapters, gradients and what the optimizer keeps.
     pub cache: Bytes,
-    /// Activations of the largest step, and what MLX keeps besides.
+    /// Activations of the largest step, in training of all micro-batches on the way; and what MLX keeps besides.
     pub working: Bytes,
     pub usable: Bytes,
 }
@@ -182,6 +185,19 @@ impl Plan {
     /// Every rank of every stage, stage by stage: the order in which engines are numbered.
     pub fn ranks(&self) -> impl Iterator<Item = &Rank> {
         self.stages.iter().flat_map(|stage| &stage.ranks)
+    }
+
+    fn fmt_title(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { model, strategy, context_tokens, cache_tokens, .. } = self;
+        let n = self.stages.len();
+        let stages = format!("{n} stage{}", if n == 1 { "" } else { "s" });
+        match &self.training {
+            Some(training) => writeln!(f, "plan to train {model}: {stages}, strategy {}", training.strategy),
+            None => writeln!(
+                f,
+                "plan for {model}: {stages}, strategy {strategy}, context {context_tokens} tokens, caches for {cache_tokens} tokens"
+            ),
+        }
     }
 }
 
@@ -207,18 +223,14 @@ impl Rank {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { model, strategy, context_tokens, cache_tokens, stages, why, .. } = self;
-        let n = stages.len();
-        writeln!(
-            f,
-            "plan for {model}: {n} stage{}, strategy {strategy}, context {context_tokens} tokens, caches for {cache_tokens} tokens",
-            if n == 1 { "" } else { "s" }
-        )?;
+        let Plan { stages, why, .. } = self;
+        self.fmt_title(f)?;
         let width = self.ranks().map(|rank| rank.node_name.len()).max().unwrap_or(0).max(6);
+        let caches = if self.training.is_some() { "training" } else { "caches" };
         writeln!(
             f,
             "  {:width$}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}",
-            "worker", "layers", "weights", "caches", "working", "together", "usable"
+            "worker", "layers", "weights", caches, "working", "together", "usable"
         )?;
         for stage in stages {
             for (number, rank) in stage.ranks.iter().enumerate() {
@@ -237,6 +249,14 @@ impl fmt::Display for Plan {
             }
         }
         write!(f, "  {why}")?;
+        if let Some(training) = &self.training {
+            let shares = stages.first().map(Stage::shares).unwrap_or_default();
+            write!(f, "\n  training: {}; {training}", training.parallel_text(stages.len(), &shares))?;
+            if let Some(seconds) = training.step_seconds {
+                let tokens = f64::from(training.batch_size) * f64::from(training.tokens_per_row);
+                write!(f, "\n  predicted: {seconds:.2} s a batch of full rows, {:.0} tokens/s", tokens / seconds.max(1e-9))?;
+            }
+        }
         if let Some(prediction) = &self.prediction {
             write!(f, "\n  {prediction}")?;
         }

@@ -59,6 +59,7 @@ fn with_worker() -> ClusterStatus {
         prediction: None,
         alternatives: Vec::new(),
         why: "one worker holds it".into(),
+        training: None,
     };
     ClusterStatus {
         plan: Some(plan),

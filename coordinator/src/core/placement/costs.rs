@@ -11,7 +11,7 @@ use std::{collections::BTreeSet, ops::Range};
 /// Tokens of the largest step that the working memory is reckoned for.
 const CHUNK_TOKENS: u64 = 512;
 /// What an engine takes before it holds any weight: the process, MLX, compiled kernels, transport buffers.
-const ENGINE_BYTES: u64 = 100_000_000;
+pub(super) const ENGINE_BYTES: u64 = 100_000_000;
 /// Activations are reckoned in f32, the widest that a model has.
 const ACTIVATION_BYTES: u64 = 4;
 /// Sequences at once whose states of fixed size are reckoned for; of models with states the engines take no more.
@@ -156,7 +156,7 @@ pub(super) fn activation_dtype(map: &WeightMap) -> DType {
     map.activation_dtype.unwrap_or(DType::F16)
 }
 
-fn between(sums: &[u64], layers: &Range<u32>) -> u64 {
+pub(super) fn between(sums: &[u64], layers: &Range<u32>) -> u64 {
     let sum = |i: u32| sums.get(i as usize).copied().unwrap_or(0);
     sum(layers.end).saturating_sub(sum(layers.start))
 }
@@ -215,7 +215,7 @@ fn head_work(spec: &ModelSpec, map: &WeightMap) -> Work {
 }
 
 /// Elements that a layer holds at once for each token: the outputs of its linears, twice for what is made of them.
-fn activation_elements(spec: &ModelSpec, layer: u32) -> u64 {
+pub(super) fn activation_elements(spec: &ModelSpec, layer: u32) -> u64 {
     let top_k = spec.layers_of(layer..layer + 1).iter().find_map(|layer| layer.feed_forward.experts()).map_or(0, |moe| moe.router.top_k);
     let outputs = spec.weights(Part::Layer(layer)).into_iter().map(|weight| match weight {
         Weight::Linear(linear) => u64::from(linear.output_dims),
@@ -226,6 +226,6 @@ fn activation_elements(spec: &ModelSpec, layer: u32) -> u64 {
 }
 
 /// The most that is in memory beside a parameter while it is made.
-fn load_peak(map: &WeightMap) -> u64 {
+pub(super) fn load_peak(map: &WeightMap) -> u64 {
     map.parts.values().flatten().map(|parameter| parameter.transient_bytes).max().unwrap_or(0)
 }

@@ -12,6 +12,7 @@ mod search;
 mod split;
 mod steadiest;
 mod told;
+mod training;
 mod why_not;
 
 #[cfg(test)]
@@ -23,6 +24,7 @@ pub(crate) mod tests;
 
 pub use reckoned::Reckoned;
 pub use told::{check_split, check_stages};
+pub use training::{TrainingOptions, plan_training};
 pub use why_not::{NodeMemory, WhyNot};
 
 use layout::Sizes;
@@ -34,6 +36,7 @@ use mlx_cluster_common::{
     plan::{Optimize, Plan, Strategy, ToldStage},
     spec::{ModelSpec, Part},
     tensor,
+    training::Parallel,
     weights::WeightMap,
 };
 use planner::Planner;
@@ -164,9 +167,10 @@ fn by_capability(nodes: &[NodeFacts]) -> Vec<Candidate<'_>> {
     candidates
 }
 
-/// Proves that the stages hold every part once, and the ranks of a stage every entry of its parameters: layer ranges without gap or overlap, a
+/// Proves that the stages hold every part once, and the ranks of a stage every entry of its parameters, all of them where they are replicas: layer ranges without gap or overlap, a
 /// tied embedding on both ends, each node named once.
 fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan, reckoned: &Reckoned) -> Result<(), WhyNot> {
+    let are_replicas = plan.training.as_ref().is_some_and(|training| training.parallel == Parallel::Data);
     let mut held: BTreeMap<Part, usize> = BTreeMap::new();
     let mut next = 0;
     for stage in &plan.stages {
@@ -176,7 +180,7 @@ fn check_whole(spec: &ModelSpec, map: &WeightMap, plan: &Plan, reckoned: &Reckon
         next = stage.layers.end;
         let parts = spec.parts_of(stage.layers.clone());
         let shares = stage.shares();
-        if shares.len() > 1 && !reckoned.is_covered(&shares, &stage.layers) {
+        if shares.len() > 1 && !are_replicas && !reckoned.is_covered(&shares, &stage.layers) {
             tensor::check_cover(spec, map, &parts, &shares)?;
             reckoned.keep_covered(&shares, &stage.layers);
         }

@@ -220,6 +220,7 @@ impl Planner<'_> {
             prediction: self.predictor().predict(&fit.layout),
             alternatives: fit.alternatives.clone(),
             why: self.why(fit),
+            training: None,
         })
     }
 
@@ -328,7 +329,8 @@ impl Planner<'_> {
     }
 }
 
-fn ranges(split: &[u32]) -> Vec<Range<u32>> {
+/// Consecutive layers, so many each.
+pub(super) fn ranges(split: &[u32]) -> Vec<Range<u32>> {
     let mut start = 0u32;
     let range = |n: &u32| {
         let range = start..start.saturating_add(*n);

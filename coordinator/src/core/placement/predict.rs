@@ -14,11 +14,11 @@ use mlx_cluster_common::{
 /// Between the end of one kernel and the start of the next, and its own fixed part. Fitted, see docs/planner.md.
 const KERNEL_SECONDS: f64 = 9e-6;
 /// Of the bandwidth of a streaming kernel, what reading weights for few tokens gets. Fitted.
-const READING: f64 = 0.8;
+pub(super) const READING: f64 = 0.8;
 /// What a collective takes besides the link: the processor waits for the GPU and the GPU for the processor. Fitted.
 const COLLECTIVE_SECONDS: f64 = 60e-6;
 /// What a hop takes besides the link: packing, three threads that are woken. Measured on loopback.
-const HOP_SECONDS: f64 = 120e-6;
+pub(super) const HOP_SECONDS: f64 = 120e-6;
 /// From a Mac's disk into arrays.
 const LOAD_BYTES_PER_SECOND: f64 = 2e9;
 /// A token is predicted behind so many.
@@ -64,6 +64,11 @@ impl StageSeconds {
 impl Step {
     pub(super) fn decode(tokens: f64) -> Self {
         Self { tokens, position: DECODE_POSITION, rows: tokens }
+    }
+
+    /// Of one pass of a micro-batch; every token has a loss.
+    pub(super) fn training(tokens: f64) -> Self {
+        Self { tokens, position: 0.0, rows: tokens }
     }
 
     fn prefill() -> Self {

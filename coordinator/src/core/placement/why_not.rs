@@ -1,6 +1,6 @@
 //! Why there is no plan, with the numbers of every worker and what to try.
 
-use mlx_cluster_common::{cache::CacheError, plan::Strategy, tensor::CoverError, units::Bytes};
+use mlx_cluster_common::{cache::CacheError, plan::Strategy, tensor::CoverError, training::TrainStrategy, units::Bytes};
 
 /// A node and what models may use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +54,41 @@ pub enum WhyNot {
     OtherStrategy { stages: String, strategy: Strategy },
     #[error(transparent)]
     Caches(#[from] CacheError),
+    #[error(
+        "a batch of {batch_size} rows of {tokens} tokens, with an update every {accumulation} batches, trains nothing: each of these has to be \
+         at least 1"
+    )]
+    EmptyBatch { batch_size: u32, tokens: u32, accumulation: u32 },
+    #[error("nothing of the model is trained: give --num-layers of at least 1, or lora keys that name linears of these layers")]
+    NothingTrained,
+    #[error("--split is for pipelines, --strategy {strategy} has none: leave one of them out")]
+    SplitIsForPipelines { strategy: TrainStrategy },
+    #[error("{optimizer} needs whole matrices, and --strategy tensor splits them: take another optimizer or another strategy")]
+    WholeMatrices { optimizer: &'static str },
+    #[error(
+        "a batch of {batch_size} rows is too small for {replicas} replicas: give each a row with a larger --batch-size, or take --strategy pipeline"
+    )]
+    TooFewRows { batch_size: u32, replicas: usize },
+    #[error(
+        "the training does not fit with --strategy {strategy}: on one worker it would take {} (weights {model_bytes}, what is trained with gradients \
+         and optimizer {state_bytes}, working memory {working_bytes} for a row of {tokens} tokens); {}; try {}a smaller --max-seq-length, fewer \
+         --num-layers or more workers",
+        total(*model_bytes, *state_bytes, *working_bytes), each(nodes), if *keeps_all { "--grad-checkpoint, " } else { "" }
+    )]
+    TrainingDoesNotFit {
+        strategy: TrainStrategy,
+        model_bytes: Bytes,
+        state_bytes: Bytes,
+        working_bytes: Bytes,
+        tokens: u32,
+        nodes: Vec<NodeMemory>,
+        keeps_all: bool,
+    },
+    #[error(
+        "{name} cannot train its {layers} layers as told: with a row of {tokens} tokens at a time they take {needed}, {usable} is usable; give it \
+         fewer layers or a smaller --max-seq-length"
+    )]
+    TrainingShareDoesNotFit { name: String, layers: u32, needed: Bytes, usable: Bytes, tokens: u32 },
     #[error("the stages do not cover the model's {layers} layers exactly once; please report this")]
     NotTiled { layers: u32 },
 }
@@ -74,6 +109,11 @@ impl WhyNot {
                 | WhyNot::NamedTwice { .. }
                 | WhyNot::AmbiguousWorker { .. }
                 | WhyNot::SharedCut { .. }
+                | WhyNot::EmptyBatch { .. }
+                | WhyNot::NothingTrained
+                | WhyNot::SplitIsForPipelines { .. }
+                | WhyNot::WholeMatrices { .. }
+                | WhyNot::TooFewRows { .. }
         )
     }
 }
