@@ -2,8 +2,8 @@
 
 pub mod convert;
 mod links;
-mod training;
 pub mod net;
+mod training;
 
 /// The generated messages, clients and servers.
 #[allow(missing_docs, clippy::all, unreachable_pub)]

@@ -49,7 +49,8 @@ mod tests {
     use super::*;
 
     fn micro() -> MicroBatch {
-        let row = |tokens: Vec<u32>| Row { targets: tokens.iter().map(|token| token + 1).collect(), counted: 1..tokens.len() as u32, tokens };
+        let row =
+            |tokens: Vec<u32>| Row { targets: tokens.iter().map(|token| token + 1).collect(), counted: 1..tokens.len() as u32, tokens };
         MicroBatch { rows: vec![row(vec![3, 4, 5]), row(vec![9, 1])], batch_targets: 7, batch: 12, first_row: 2 }
     }
 

@@ -59,30 +59,6 @@ pub fn trainable(spec: &ModelSpec, map: &WeightMap, role: &TrainingRole, layers:
 }
 
 impl Optimizer {
-    /// Numbers that are kept from step to step for an array of this shape.
-    pub fn state_numbers(&self, shape: &[u64]) -> u64 {
-        let product = |dims: &[u64]| dims.iter().copied().fold(1, u64::saturating_mul);
-        let all = product(shape);
-        match self {
-            Optimizer::Adam { .. } | Optimizer::AdamW { .. } => all.saturating_mul(2),
-            Optimizer::Sgd { momentum, .. } => {
-                if *momentum > 0.0 {
-                    all
-                } else {
-                    0
-                }
-            }
-            Optimizer::Muon { .. } => all,
-            Optimizer::Adafactor(adafactor) => {
-                let second = match shape {
-                    [stack @ .., rows, columns] => product(stack).saturating_mul(rows.saturating_add(*columns)),
-                    _ => all,
-                };
-                second.saturating_add(if adafactor.beta_1.is_some() { all } else { 0 })
-            }
-        }
-    }
-
     /// Whether the step of one number of a matrix depends on the numbers of all others.
     pub fn needs_whole_matrices(&self) -> bool {
         matches!(self, Optimizer::Adafactor(_) | Optimizer::Muon { .. })

@@ -399,9 +399,9 @@ mod tests {
         let (weight, bias) = (numbers(&[4, 64, 256], 1), numbers(&[4, 64], 2));
         let (x, indices) = (numbers(&[1, 2, 1, 1, 256], 3), Array::from_slice(&[3u32, 1, 0, 3], &[1, 2, 2]));
         for scheme in schemes() {
-            let experts = Experts { matrix: quantised(&weight, scheme), bias: Some(bias.clone()) };
+            let experts = Experts { matrix: quantised(&weight, scheme), bias: Some(bias.clone()), low_rank: None };
             let found = experts.forward(&x, &indices, false).expect("multiplies");
-            let plain = Experts { matrix: Matrix::Dense { weight: dense(&experts.matrix) }, bias: None };
+            let plain = Experts { matrix: Matrix::Dense { weight: dense(&experts.matrix) }, bias: None, low_rank: None };
             let own = bias.take_axis(&indices, 0).and_then(|own| own.expand_dims(-2)).expect("biases");
             let wanted = ops::add(plain.forward(&x, &indices, false).expect("multiplies"), own).expect("adds");
             assert_eq!(found.shape(), [1, 2, 2, 1, 64]);

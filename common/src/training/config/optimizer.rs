@@ -41,7 +41,7 @@ fn adam(table: &Table) -> Result<Optimizer, Error> {
     table.only(&["betas", "eps", "bias_correction"], hint)?;
     Ok(Optimizer::Adam {
         betas: table.pair("betas", [0.9, 0.999], Numbers::Fraction)?,
-        eps: table.number_f32("eps", 1e-8, Numbers::NotNegative)?,
+        eps: table.number("eps", 1e-8, Numbers::NotNegative)?,
         bias_correction: table.flag("bias_correction", false)?,
     })
 }
@@ -50,8 +50,8 @@ fn adamw(table: &Table) -> Result<Optimizer, Error> {
     table.only(&["betas", "eps", "weight_decay", "bias_correction"], hint)?;
     Ok(Optimizer::AdamW {
         betas: table.pair("betas", [0.9, 0.999], Numbers::Fraction)?,
-        eps: table.number_f32("eps", 1e-8, Numbers::NotNegative)?,
-        weight_decay: table.number_f32("weight_decay", 0.01, Numbers::NotNegative)?,
+        eps: table.number("eps", 1e-8, Numbers::NotNegative)?,
+        weight_decay: table.number("weight_decay", 0.01, Numbers::NotNegative)?,
         bias_correction: table.flag("bias_correction", false)?,
     })
 }
@@ -59,8 +59,8 @@ fn adamw(table: &Table) -> Result<Optimizer, Error> {
 fn muon(table: &Table) -> Result<Optimizer, Error> {
     table.only(&["momentum", "weight_decay", "nesterov", "ns_steps"], hint)?;
     Ok(Optimizer::Muon {
-        momentum: table.number_f32("momentum", 0.95, Numbers::Fraction)?,
-        weight_decay: table.number_f32("weight_decay", 0.01, Numbers::NotNegative)?,
+        momentum: table.number("momentum", 0.95, Numbers::Fraction)?,
+        weight_decay: table.number("weight_decay", 0.01, Numbers::NotNegative)?,
         nesterov: table.flag("nesterov", true)?,
         ns_steps: table.whole("ns_steps", 5, 1..=100)?,
     })
@@ -68,14 +68,14 @@ fn muon(table: &Table) -> Result<Optimizer, Error> {
 
 fn sgd(table: &Table) -> Result<Optimizer, Error> {
     table.only(&["momentum", "weight_decay", "dampening", "nesterov"], hint)?;
-    let momentum = table.number_f32("momentum", 0.0, Numbers::NotNegative)?;
-    let dampening = table.number_f32("dampening", 0.0, Numbers::NotNegative)?;
+    let momentum = table.number("momentum", 0.0, Numbers::NotNegative)?;
+    let dampening = table.number("dampening", 0.0, Numbers::NotNegative)?;
     let nesterov = table.flag("nesterov", false)?;
     if nesterov && (momentum == 0.0 || dampening != 0.0) {
         let key = table.path("nesterov");
         return Err(Error::invalid(key, &Value::Bool(true), "false unless `momentum` is above 0 and `dampening` is 0"));
     }
-    Ok(Optimizer::Sgd { momentum, weight_decay: table.number_f32("weight_decay", 0.0, Numbers::NotNegative)?, dampening, nesterov })
+    Ok(Optimizer::Sgd { momentum, weight_decay: table.number("weight_decay", 0.0, Numbers::NotNegative)?, dampening, nesterov })
 }
 
 fn adafactor(table: &Table) -> Result<Adafactor, Error> {
@@ -85,13 +85,13 @@ fn adafactor(table: &Table) -> Result<Adafactor, Error> {
     )?;
     Ok(Adafactor {
         eps: table.pair("eps", [1e-30, 1e-3], Numbers::NotNegative)?,
-        clip_threshold: table.number_f32("clip_threshold", 1.0, Numbers::Positive)?,
-        decay_rate: table.number_f32("decay_rate", -0.8, Numbers::Any)?,
+        clip_threshold: table.number("clip_threshold", 1.0, Numbers::Positive)?,
+        decay_rate: table.number("decay_rate", -0.8, Numbers::Any)?,
         beta_1: match table.get("beta_1") {
-            Some(_) => Some(table.number_f32("beta_1", 0.0, Numbers::Fraction)?),
+            Some(_) => Some(table.number("beta_1", 0.0, Numbers::Fraction)?),
             None => None,
         },
-        weight_decay: table.number_f32("weight_decay", 0.0, Numbers::NotNegative)?,
+        weight_decay: table.number("weight_decay", 0.0, Numbers::NotNegative)?,
         scale_parameter: table.flag("scale_parameter", true)?,
         relative_step: table.flag("relative_step", true)?,
         warmup_init: table.flag("warmup_init", false)?,

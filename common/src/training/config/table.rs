@@ -117,17 +117,14 @@ impl<'a> Table<'a> {
 
     /// As [`Self::number`], in the precision in which MLX computes.
     pub(super) fn number_f32(&self, key: &str, default: f32, allowed: Numbers) -> Result<f32, Error> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => number(self.path(key), value, allowed).map(|number| number as f32),
-        }
+        Ok(self.number(key, f64::from(default), allowed)? as f32)
     }
 
-    pub(super) fn pair(&self, key: &str, default: [f32; 2], allowed: Numbers) -> Result<[f32; 2], Error> {
+    pub(super) fn pair(&self, key: &str, default: [f64; 2], allowed: Numbers) -> Result<[f64; 2], Error> {
         match self.get(key) {
             None => Ok(default),
             Some(Value::Array(items)) if items.len() == 2 => {
-                let number = |i: usize| number(format!("{}[{i}]", self.path(key)), &items[i], allowed).map(|number| number as f32);
+                let number = |i: usize| number(format!("{}[{i}]", self.path(key)), &items[i], allowed);
                 Ok([number(0)?, number(1)?])
             }
             Some(value) => Err(Error::invalid(self.path(key), value, "a list of two numbers")),

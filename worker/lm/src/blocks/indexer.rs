@@ -4,7 +4,7 @@
 use super::{attention, norm::Norm};
 use crate::{cache::Reach, error::LmError, linear::Linear, parameters::parameters, rope::Rope, weights::Weights};
 use mlx_cluster_common::spec::{IndexerSpec, Quantization};
-use mlx_rs::{Array, Dtype, ops};
+use mlx_rs::{Array, Dtype, ops, stop_gradient};
 
 /// How many arrays `Project` makes.
 pub(super) const ARITY: usize = 3;
@@ -73,7 +73,8 @@ impl Pick {
         };
         let first = held - self.top_k;
         let order = ops::argpartition_axis(scores, first, -1)?;
-        Ok(Some(order.split_at_indices(&[first], -1)?.swap_remove(1)))
+        // Which tokens were picked has no gradient.
+        Ok(Some(stop_gradient(order.split_at_indices(&[first], -1)?.swap_remove(1))?))
     }
 }
 
