@@ -4,7 +4,7 @@ use crate::{error::LmError, ffi};
 use mlx_rs::{Array, Device, DeviceType, Dtype, error::Exception, ops, stop_gradient};
 use std::f32::consts::LN_2;
 
-/// `-log p(target)` of rows `logits` `[N, V]` for `targets` `[N]`, u32: `[N]` in the logits' type, as `mlx.nn.losses.cross_entropy` computes it.
+/// `-log p(target)` of rows `logits` `[N, V]` for `targets` `[N]`, u32: `[N]` in the logits' type, as `mlx.nn.losses.cross_entropy` has it.
 /// On a CPU sums are in the logits' type, on a GPU in f32.
 pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array, LmError> {
     check(logits, targets, &logits.shape()[..logits.ndim().saturating_sub(1)])?;
@@ -16,8 +16,8 @@ pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array, LmError> 
     Ok(logits.logsumexp_axis(-1, false)?.subtract(score)?)
 }
 
-/// `Σ p log(p / q)` with the teacher's `p` and the student's `q`, both softened: `[N]` from logits `[N, V]`, in the student's type with sums in f32,
-/// as mlx-lm's `kl_div_loss` of logits over `temperature`. No gradient goes to the teacher.
+/// `Σ p log(p / q)` with the teacher's `p` and the student's `q`, both softened: `[N]` from logits `[N, V]`, in the student's type with sums
+/// in f32, as mlx-lm's `kl_div_loss` of logits over `temperature`. No gradient goes to the teacher.
 pub fn kl_divergence(student: &Array, teacher: &Array, temperature: f32) -> Result<Array, LmError> {
     check(student, teacher, student.shape())?;
     let q = log_softmax(student, temperature)?;

@@ -1,4 +1,4 @@
-//! Counted randomness: what training draws depends on a seed and on what is drawn, not on the order, the layers of a stage, or the rows of a rank.
+//! Counted randomness: what training draws depends on a seed and on what is drawn, not on the order, a stage's layers, or a rank's rows.
 
 use crate::error::LmError;
 use mlx_rs::{Array, error::Exception, ops, random};
@@ -24,8 +24,8 @@ pub struct Dropout<'a> {
 }
 
 impl Dropout<'_> {
-    /// Which inputs stay, bool `[Σ lengths, width]`: of rows one below the other, of so many tokens each. A row's part depends on its own length
-    /// alone, not on its neighbours.
+    /// Which inputs stay, bool `[Σ lengths, width]`: of rows one below the other, of so many tokens each. A row's part depends on its own
+    /// length, not on its neighbours.
     pub fn mask(&self, lengths: &[i32], width: i32) -> Result<Array, LmError> {
         let stays = Array::from_f32(1.0 - self.rate);
         let row = |(row, length): (u64, &i32)| {

@@ -61,7 +61,8 @@ impl Updates {
         self.schedule.at(self.step.saturating_sub(1))
     }
 
-    /// New values of the parameters, lazy. Both maps have exactly the names of the parameters, with their shapes. After an error nothing has changed.
+    /// New values of the parameters, lazy. Both maps have exactly the names of the parameters, with their shapes and types. After an error
+    /// nothing has changed.
     pub fn apply(
         &mut self,
         parameters: &BTreeMap<String, Array>,
@@ -94,8 +95,8 @@ impl Updates {
         self.parameters.iter().flat_map(state).collect()
     }
 
-    /// Goes on after `step` updates from what `save` gave then, to the same bits. Anything missing, unknown, or of another shape or type is an
-    /// error, and changes nothing.
+    /// Goes on after `step` updates from what `save` gave then, to the same bits. Anything missing, unknown, or of another shape or type is
+    /// an error, and changes nothing.
     pub fn restore(&mut self, step: u64, mut arrays: BTreeMap<String, Array>) -> Result<(), LmError> {
         let mut parameters = self.parameters.clone();
         for (parameter, remembered) in &mut parameters {

@@ -12,8 +12,8 @@ use mlx_rs::{
 /// Of the fifth-degree polynomial that is iterated.
 const COEFFICIENTS: [f32; 3] = [3.4445, -4.7750, 2.0315];
 
-/// `w - λ O(v)`, where `O` makes a matrix orthogonal and is nothing for vectors. Of more than two axes all but the first are taken as one, as for
-/// the filters of a convolution.
+/// `w - λ O(v)`, where `O` makes a matrix orthogonal and leaves vectors alone. Of more than two axes all but the first are taken as one, as
+/// for the filters of a convolution.
 pub(super) fn apply(
     update: &Update<'_>,
     state: &mut State,
