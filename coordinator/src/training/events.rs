@@ -356,7 +356,8 @@ mod tests {
         log.start();
         log.report(ended());
         assert_eq!(all(log.follow(0)).await.len(), 1);
-        fs::write(folder.path().join(EVENTS_FILE), format!("{}{{\"num", fs::read_to_string(folder.path().join(EVENTS_FILE)).unwrap())).unwrap();
+        fs::write(folder.path().join(EVENTS_FILE), format!("{}{{\"num", fs::read_to_string(folder.path().join(EVENTS_FILE)).unwrap()))
+            .unwrap();
         let log = EventLog::open(folder.path()).unwrap();
         log.start();
         let listener = tokio::spawn(all(log.follow(log.next())));

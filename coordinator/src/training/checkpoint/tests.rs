@@ -53,8 +53,7 @@ fn save(checkpoints: &Checkpoints, iteration: u64, tensors: Vec<SavedTensor>) ->
 }
 
 fn read(checkpoint: &Checkpoint) -> Vec<SavedTensor> {
-    let mut tensors: Vec<SavedTensor> =
-        checkpoint.tensors(&[Part::Adapters, Part::Optimizer]).unwrap().collect::<Result<_, _>>().unwrap();
+    let mut tensors: Vec<SavedTensor> = checkpoint.tensors(&[Part::Adapters, Part::Optimizer]).unwrap().collect::<Result<_, _>>().unwrap();
     tensors.sort_by(|a, b| (a.part, &a.name).cmp(&(b.part, &b.name)));
     tensors
 }
@@ -261,7 +260,10 @@ fn what_would_make_other_numbers_is_listed() {
     let state = state(12);
     assert!(state.check_config(&config(json!({"iters": 900, "steps_per_report": 1}))).is_ok());
     let message = state.check_config(&config(json!({"seed": 1, "batch_size": 2}))).unwrap_err().to_string();
-    assert!(["iteration 12", "`seed` is 1", "`batch_size` is 2", "resume_adapter_file"].iter().all(|part| message.contains(part)), "{message}");
+    assert!(
+        ["iteration 12", "`seed` is 1", "`batch_size` is 2", "resume_adapter_file"].iter().all(|part| message.contains(part)),
+        "{message}"
+    );
     assert!(state.check_data("abc").is_ok());
     assert!(state.check_data("abd").unwrap_err().to_string().contains("training examples"));
 }
