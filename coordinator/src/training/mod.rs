@@ -1,0 +1,3 @@
+//! Fine-tuning: from a data set to steps of the engines.
+
+pub mod data;
