@@ -21,6 +21,7 @@ mod plan_only;
 pub mod report;
 mod run;
 pub mod serving;
+pub mod training;
 
 pub use cluster_file::{ClusterFacts, ClusterFileError, read_cluster_file};
 pub use error::{CoordinatorError, ErrorKind};

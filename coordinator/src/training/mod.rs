@@ -1,0 +1,3 @@
+//! Fine-tuning jobs.
+
+pub mod tensorboard;
