@@ -1,3 +1,4 @@
 //! Fine-tuning: from a data set to steps of the engines.
 
 pub mod data;
+pub mod tensorboard;
