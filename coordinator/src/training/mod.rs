@@ -1,4 +1,5 @@
 //! Fine-tuning: from a data set to steps of the engines.
 
 pub mod data;
+mod engines;
 pub mod tensorboard;
