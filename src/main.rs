@@ -10,6 +10,8 @@ mod logging;
 mod progress;
 mod signals;
 mod target;
+#[cfg_attr(not(test), expect(dead_code, reason = "`train report` comes with the verb"))]
+mod training_report;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -1,8 +1,9 @@
-//! `metrics.jsonl`: an object a line for each report, in the job's folder and beside the adapter.
+//! `metrics.jsonl`: an object a line for each report, in the job's folder and beside the adapter; TensorBoard's event files on request.
 
 use super::{
     files::{FileError, attempt, make_folder, write_atomically},
     reports::{TestReport, TrainReport, ValReport},
+    tensorboard::EventFile,
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -10,20 +11,25 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// About what a report takes.
+const LINE_BYTES: u64 = 1024;
 
 /// The files of one run. Numbers stand there unrounded, each as the shortest decimal that reads back as the same.
 #[derive(Debug)]
 pub struct Metrics {
     files: Vec<(PathBuf, File)>,
+    /// With the folder that it is in.
+    tensorboard: Option<(PathBuf, EventFile)>,
 }
 
 impl Metrics {
     /// For a job that has done `iteration` batches. Of what is there, reports that will be made again are cut off; beside the adapter the
-    /// reports of other jobs make room.
-    pub fn resume(job_folder: &Path, adapter_path: &Path, iteration: u64) -> Result<Self, FileError> {
+    /// reports of other jobs make room. With `tensorboard`, event files are written beside the adapter.
+    pub fn resume(job_folder: &Path, adapter_path: &Path, iteration: u64, tensorboard: bool) -> Result<Self, FileError> {
         let path = job_folder.join(METRICS_FILE);
         let text = match attempt("read", &path, || fs::read(&path)) {
             Err(error) if error.is_not_found() => Vec::new(),
@@ -37,7 +43,10 @@ impl Metrics {
             let file = attempt("open", &path, || OpenOptions::new().append(true).open(&path))?;
             Ok((path, file))
         });
-        Ok(Self { files: files.into_iter().collect::<Result<_, FileError>>()? })
+        let files = files.into_iter().collect::<Result<_, FileError>>()?;
+        let events = || Ok((adapter_path.to_path_buf(), EventFile::create(adapter_path, SystemTime::now())?));
+        let tensorboard = tensorboard.then(|| attempt("write TensorBoard's events into", adapter_path, events)).transpose()?;
+        Ok(Self { files, tensorboard })
     }
 
     pub fn train(&mut self, report: &TrainReport) -> Result<(), FileError> {
@@ -60,9 +69,14 @@ impl Metrics {
                 // At once, so that a reader seldom sees a part of it.
                 file.write_all(&line)
             })
-            .map_err(|error| error.of_writing(super::files::parent(path), 1024))?;
+            .map_err(|error| error.of_writing(super::files::parent(path), LINE_BYTES))?;
         }
-        Ok(())
+        let Some((folder, events)) = &mut self.tensorboard else { return Ok(()) };
+        let added = attempt("write TensorBoard's events into", folder, || match serde_json::to_value(report)? {
+            Value::Object(report) => events.add(&report, SystemTime::now()),
+            _ => Ok(()),
+        });
+        added.map_err(|error| error.of_writing(folder, LINE_BYTES))
     }
 }
 
@@ -93,7 +107,7 @@ mod tests {
         }
 
         fn resume(&self, iteration: u64) -> Metrics {
-            Metrics::resume(self.job.path(), &self.adapter.path().join("new"), iteration).unwrap()
+            Metrics::resume(self.job.path(), &self.adapter.path().join("new"), iteration, false).unwrap()
         }
 
         /// What both files hold.
@@ -143,6 +157,23 @@ mod tests {
             run(&mut folders.resume(checkpoint), checkpoint, 12);
             assert_eq!(folders.lines(), whole.lines(), "resumed at {checkpoint}");
         }
+    }
+
+    #[test]
+    fn event_files_are_written_on_request() {
+        let folders = Folders::new();
+        let adapter = folders.adapter.path();
+        let mut metrics = Metrics::resume(folders.job.path(), adapter, 0, true).unwrap();
+        let bytes = || {
+            let files = fs::read_dir(adapter).unwrap().map(|entry| entry.unwrap());
+            let events: Vec<_> = files.filter(|file| file.file_name().to_string_lossy().starts_with("events.out.tfevents")).collect();
+            assert_eq!(events.len(), 1);
+            fs::read(events[0].path()).unwrap()
+        };
+        let before = bytes();
+        metrics.train(&train(1)).unwrap();
+        let added = bytes().split_off(before.len());
+        assert!(added.windows(10).any(|text| text == b"train_loss"));
     }
 
     #[test]

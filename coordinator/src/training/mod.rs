@@ -2,8 +2,10 @@
 
 pub mod checkpoint;
 pub mod data;
+mod engines;
 pub mod events;
 pub mod files;
 pub mod metrics;
 pub mod reports;
 pub mod store;
+pub mod tensorboard;

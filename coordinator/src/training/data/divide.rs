@@ -42,7 +42,7 @@ fn deal(rows: &[Row], shares: &[u32]) -> Vec<usize> {
         .collect();
     let mut longest_first: Vec<usize> = (0..rows.len()).collect();
     longest_first.sort_by_key(|index| Reverse(rows[*index].tokens.len()));
-    let mut loads = vec![0u128; shares.len()];
+    let mut loads = vec![0u128; shares.len().max(1)];
     let mut replicas = vec![0; rows.len()];
     for index in longest_first {
         let len = rows[index].tokens.len() as u128;

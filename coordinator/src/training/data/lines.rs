@@ -61,7 +61,7 @@ impl Lines {
         }
         self.number += 1;
         let read = self.pending.take().unwrap_or(Ok(()));
-        Ok(Some((self.number, read.map(|()| self.buffer.as_slice()))))
+        Ok(Some((self.number, read.map(|()| self.buffer.trim_ascii_end()))))
     }
 
     /// Fills the buffer with the next line; of one that is too long, only its length is kept.
@@ -119,7 +119,7 @@ mod tests {
         assert_eq!(lines(b"\n \r\n\n"), []);
         let found = lines(b"a\r\n\n\t\nb\n\n");
         let blank = || Err(RowFault::Blank.to_string());
-        assert_eq!(found, [(1, Ok(b"a\r\n".to_vec())), (2, blank()), (3, blank()), (4, Ok(b"b\n".to_vec()))]);
+        assert_eq!(found, [(1, Ok(b"a".to_vec())), (2, blank()), (3, blank()), (4, Ok(b"b".to_vec()))]);
     }
 
     #[test]
@@ -129,7 +129,7 @@ mod tests {
         let found = lines(&text);
         assert_eq!(found.len(), 2);
         assert!(found[0].1.as_ref().unwrap_err().contains("at most"), "{:?}", found[0].1);
-        assert_eq!(found[1], (2, Ok(b"b\n".to_vec())));
+        assert_eq!(found[1], (2, Ok(b"b".to_vec())));
         text.truncate(MAX_LINE_BYTES as usize);
         assert_eq!(lines(&text).len(), 1);
         assert!(lines(&text)[0].1.is_ok());

@@ -63,6 +63,7 @@ async fn a_data_set_is_fetched_once_and_then_cached() {
 
     assert_eq!(world.named(BOTH).await.unwrap(), first);
     assert!(world.hub.take_served().is_empty());
+    world.hub.take_seen();
     world.settings.offline = true;
     assert_eq!(world.named(BOTH).await.unwrap(), first);
     assert!(world.hub.take_seen().is_empty());
