@@ -1,5 +1,11 @@
-//! Fine-tuning: from a data set to steps of the engines.
+//! Fine-tuning: from a data set to steps of the engines, and what is kept of them.
 
+pub mod checkpoint;
 pub mod data;
 mod engines;
+pub mod events;
+pub mod files;
+pub mod metrics;
+pub mod reports;
+pub mod store;
 pub mod tensorboard;
