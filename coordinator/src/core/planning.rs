@@ -48,7 +48,7 @@ impl Instance {
         {
             let given_up = self.is_first_start && context.now >= self.grace(context.members);
             let why = why.clone();
-            return given_up && self.give_up(why.into(), context);
+            return given_up && self.give_up(why, context);
         }
         match self.plan(context) {
             Ok(plan) => {
@@ -69,7 +69,7 @@ impl Instance {
 
     fn plan(&self, context: &Context<'_>) -> Result<Plan, WhyNot> {
         let model = self.kind.model();
-        let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_for(self, &member.facts, context)).collect();
+        let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_of(&member.facts, context)).collect();
         let options = self.plan_options(context.settings);
         placement::plan_again(&model.reckoned, &model.spec, &model.weights, &nodes, &context.members.links(), &options)
     }
@@ -84,7 +84,19 @@ impl Instance {
         if self.is_first_start && why.is_usage() {
             return self.give_up(why.into(), context);
         }
-        self.refusal = Some((context.situation, why));
+        let others = context.others.values();
+        let nodes = || context.members.connected().map(|member| &member.facts.id);
+        let taken = |other: &Instance| nodes().map(|node| other.reserved(node).0).sum::<u64>();
+        let takers: Vec<_> = others.map(|other| (other.name(), taken(other))).filter(|(_, taken)| *taken > 0).collect();
+        let failure = match why {
+            WhyNot::DoesNotFit { .. } | WhyNot::ShareDoesNotFit { .. } if !takers.is_empty() => ClusterFailure::DoesNotFitBeside {
+                why,
+                taken: Bytes(takers.iter().map(|(_, taken)| taken).sum()),
+                by: takers.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" and "),
+            },
+            why => why.into(),
+        };
+        self.refusal = Some((context.situation, failure));
         true
     }
 
@@ -129,8 +141,7 @@ impl Instance {
 }
 
 /// A node as the planner shall see it: with the memory that the engines of other instances do not take.
-fn left_for(instance: &Instance, node: &NodeFacts, context: &Context<'_>) -> NodeFacts {
-    let others = context.others.values().filter(|other| other.id != instance.id);
-    let reserved: u64 = others.map(|other| other.reserved(&node.id).0).sum();
+fn left_of(node: &NodeFacts, context: &Context<'_>) -> NodeFacts {
+    let reserved: u64 = context.others.values().map(|other| other.reserved(&node.id).0).sum();
     NodeFacts { usable_memory: Bytes(node.usable_memory.0.saturating_sub(reserved)), ..node.clone() }
 }
