@@ -6,12 +6,13 @@ use super::{
     event::{ClusterFailure, Effect},
     instance::{Context, Instance, Phase},
     members::Members,
-    placement::{self, PlanOptions, WhyNot},
-    settings::Settings,
+    placement::{self, PlanOptions, TrainingOptions, WhyNot},
+    settings::{Kind, Settings, TrainingFacts, TrainingWork},
 };
 use mlx_cluster_common::{
     engine::NodeFacts,
     plan::{Plan, Strategy},
+    training::TrainStrategy,
     units::Bytes,
 };
 use std::time::Duration;
@@ -70,6 +71,10 @@ impl Instance {
     fn plan(&self, context: &Context<'_>) -> Result<Plan, WhyNot> {
         let model = self.kind.model();
         let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_of(&member.facts, context)).collect();
+        if let Kind::Training(facts) = &self.kind {
+            let options = self.training_options(facts, context.settings);
+            return placement::plan_training(&model.spec, &model.weights, &nodes, &context.members.links(), &options);
+        }
         let options = self.plan_options(context.settings);
         placement::plan_again(&model.reckoned, &model.spec, &model.weights, &nodes, &context.members.links(), &options)
     }
@@ -89,7 +94,11 @@ impl Instance {
         let taken = |other: &Instance| nodes().map(|node| other.reserved(node).0).sum::<u64>();
         let takers: Vec<_> = others.map(|other| (other.name(), taken(other))).filter(|(_, taken)| *taken > 0).collect();
         let failure = match why {
-            WhyNot::DoesNotFit { .. } | WhyNot::ShareDoesNotFit { .. } if !takers.is_empty() => ClusterFailure::DoesNotFitBeside {
+            WhyNot::DoesNotFit { .. }
+            | WhyNot::ShareDoesNotFit { .. }
+            | WhyNot::TrainingDoesNotFit { .. }
+            | WhyNot::TrainingShareDoesNotFit { .. }
+                if !takers.is_empty() => ClusterFailure::DoesNotFitBeside {
                 why,
                 taken: Bytes(takers.iter().map(|(_, taken)| taken).sum()),
                 by: takers.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" and "),
@@ -115,6 +124,22 @@ impl Instance {
             context_tokens: own.context_tokens,
             caches: own.caches,
             min_workers,
+        }
+    }
+
+    fn training_options(&self, facts: &TrainingFacts, settings: &Settings) -> TrainingOptions {
+        let TrainingWork { strategy, batch_size, max_seq_length, tokens_per_row_max, accumulation } = facts.work.clone();
+        let min_workers = if strategy == TrainStrategy::Auto { 1 } else { self.wanted_workers(settings) };
+        TrainingOptions {
+            model: facts.model.name.clone(),
+            role: facts.role.clone(),
+            strategy,
+            batch_size,
+            max_seq_length,
+            tokens_per_row_max,
+            accumulation,
+            min_workers,
+            split: self.settings.split.clone(),
         }
     }
 

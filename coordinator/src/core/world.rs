@@ -7,7 +7,7 @@ use super::{
     cluster::Cluster,
     event::{ClusterFailure, EngineAt, Event},
     placement::tests::{model, node},
-    settings::{InstanceSettings, Kind, ModelFacts, Settings, TrainingFacts},
+    settings::{InstanceSettings, Kind, ModelFacts, Settings, TrainingFacts, TrainingWork},
 };
 use crate::serving::{Admitted, InstanceState, RequestEvent};
 use mlx_cluster_common::{
@@ -16,7 +16,7 @@ use mlx_cluster_common::{
     links::{LinkFacts, Medium},
     plan::{Plan, Strategy},
     sampling::SamplingParams,
-    training::{FineTune, Optimizer, Parallel, Schedule, TrainingRole},
+    training::{FineTune, Optimizer, Parallel, Schedule, TrainStrategy, TrainingRole},
     units::Bytes,
 };
 use std::{
@@ -60,7 +60,21 @@ pub(crate) fn training(parallel: Parallel) -> Kind {
         clear_cache_threshold: Bytes(0),
         parallel,
     };
-    Kind::Training(Arc::new(TrainingFacts { model: facts(), role }))
+    let strategy = if parallel == Parallel::Tensor { TrainStrategy::Tensor } else { TrainStrategy::Auto };
+    let work = TrainingWork { strategy, batch_size: 4, max_seq_length: 64, tokens_per_row_max: None, accumulation: 1 };
+    Kind::Training(Arc::new(TrainingFacts { model: facts(), role, work }))
+}
+
+/// A job that is told how to be spread as a served model would be.
+fn spread_as(kind: Kind, strategy: Strategy) -> Kind {
+    let Kind::Training(facts) = kind else { return kind };
+    let strategy = match strategy {
+        Strategy::Auto => facts.work.strategy,
+        Strategy::Pipeline => TrainStrategy::Pipeline,
+        Strategy::Tensor => TrainStrategy::Tensor,
+    };
+    let work = TrainingWork { strategy, ..facts.work.clone() };
+    Kind::Training(Arc::new(TrainingFacts { model: facts.model.clone(), role: facts.role.clone(), work }))
 }
 
 /// SplitMix64 (Steele et al. 2014): small, seeded, good enough to choose faults.
@@ -373,6 +387,7 @@ impl World {
 
     pub(crate) fn start_job_with(&mut self, number: u64, settings: InstanceSettings, kind: Kind) -> InstanceId {
         let instance = InstanceId(number);
+        let kind = spread_as(kind, settings.strategy);
         self.jobs.insert(instance, FakeRunner::default());
         self.tell(Event::Start { instance, kind, settings });
         instance
