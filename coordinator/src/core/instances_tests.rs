@@ -3,7 +3,7 @@
 use super::{
     event::{ClusterFailure, Event},
     settings::{InstanceSettings, Kind},
-    world::{Start, World, facts, ms, start, training},
+    world::{Start, World, facts, ms, needed, start, training},
 };
 use crate::serving::{InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
@@ -161,12 +161,6 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
     world.run(ms(9000));
     assert_eq!(job_state(&world, JOB), InstanceState::Ready);
     assert_eq!(world.jobs[&JOB].engines.iter().map(|engine| engine.name.as_str()).collect::<Vec<_>>(), ["w0"]);
-}
-
-/// What one worker needs to hold all of the model.
-fn needed() -> u64 {
-    let world = World::ready(1, Strategy::Auto, 9);
-    world.plans[0].stages[0].ranks[0].needed().0
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::{
     event::Event,
     settings::InstanceSettings,
-    world::{Start, World, ms, start, training},
+    world::{Start, World, ms, needed, start, training},
 };
 use crate::serving::InstanceState;
 use mlx_cluster_common::{
@@ -102,7 +102,7 @@ fn simulate_two(seed: u64) {
     let mut world = World::new(start(workers as usize, served), seed);
     if seed % 5 < 3 {
         // Enough for two engines, not for three.
-        world.usable = 1_100_000_000;
+        world.usable = needed() * 3 / 2;
     }
     (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
     world.run(ms(10_000));

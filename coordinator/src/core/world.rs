@@ -49,6 +49,11 @@ pub(crate) fn facts() -> Arc<ModelFacts> {
     Arc::new(ModelFacts { name: "test".into(), source, spec, weights, fingerprint: 7, reckoned: Default::default() })
 }
 
+/// What one worker takes to hold all of the model, with the caches that are wished for.
+pub(crate) fn needed() -> u64 {
+    World::ready(1, Strategy::Auto, 9).plans[0].stages[0].ranks[0].needed().0
+}
+
 pub(crate) fn training(parallel: Parallel) -> Kind {
     let role = TrainingRole {
         fine_tune: FineTune::Full,
