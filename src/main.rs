@@ -10,7 +10,6 @@ mod logging;
 mod progress;
 mod signals;
 mod target;
-#[cfg_attr(not(test), expect(dead_code, reason = "`train report` comes with the verb"))]
 mod training_report;
 
 use clap::Parser;

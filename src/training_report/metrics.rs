@@ -52,6 +52,25 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// The last reports in one line; what was not reported is left out.
+    pub(crate) fn summary(&self) -> String {
+        let mut parts = Vec::new();
+        if let Some((iteration, last)) = self.train.last_key_value() {
+            parts.push(format!("iteration {iteration}: training loss {:.3}", last.loss));
+            let figures = [
+                last.iterations_per_second.map(|rate| format!("{rate:.2} it/s")),
+                last.tokens_per_second.map(|rate| format!("{rate:.0} tokens/s")),
+                last.trained_tokens.map(|tokens| format!("{tokens} tokens in all")),
+                last.peak_memory.map(|memory| format!("peak memory {memory:.2} GB")),
+            ];
+            parts.extend(figures.into_iter().flatten());
+        }
+        if let Some((iteration, loss)) = self.val_loss.last_key_value() {
+            parts.push(format!("validation loss {loss:.3} after iteration {iteration}"));
+        }
+        parts.join(", ")
+    }
+
     /// Reports of something else are passed over.
     fn take(&mut self, report: &Map<String, Value>) -> Result<(), String> {
         let number = |key: &str| report.get(key).and_then(Value::as_f64);
@@ -79,7 +98,7 @@ mod tests {
     use super::*;
 
     const TEXT: &str = r#"{"iteration": 0, "val_loss": 3.5, "val_time": 0.1}
-{"iteration": 10, "train_loss": 3.0, "learning_rate": 1e-5, "iterations_per_second": 2.0, "tokens_per_second": 900.5, "trained_tokens": 4000, "peak_memory": 1.5}
+{"iteration": 10, "train_loss": 3.0, "learning_rate": 1e-5, "iterations_per_second": 2.0, "tokens_per_second": 900.25, "trained_tokens": 4000, "peak_memory": 1.5}
 
 {"iteration": 20, "train_loss": 2.5}
 {"iteration": 20, "train_loss": 2.4}
@@ -94,11 +113,20 @@ mod tests {
             loss: 3.0,
             learning_rate: Some(1e-5),
             iterations_per_second: Some(2.0),
-            tokens_per_second: Some(900.5),
+            tokens_per_second: Some(900.25),
             trained_tokens: Some(4000),
             peak_memory: Some(1.5),
         };
         assert_eq!(metrics.train, BTreeMap::from([(10, first), (20, TrainReport { loss: 2.4, ..TrainReport::default() })]));
+    }
+
+    #[test]
+    fn a_summary_has_what_was_reported_last() {
+        let mut metrics = Metrics::parse(TEXT).unwrap();
+        assert_eq!(metrics.summary(), "iteration 20: training loss 2.400, validation loss 3.500 after iteration 0");
+        metrics.train.remove(&20);
+        let figures = "iteration 10: training loss 3.000, 2.00 it/s, 900 tokens/s, 4000 tokens in all, peak memory 1.50 GB, ";
+        assert!(metrics.summary().starts_with(figures), "{}", metrics.summary());
     }
 
     #[test]

@@ -133,7 +133,8 @@ mod tests {
     /// Of 600 iterations.
     fn run() -> Metrics {
         let loss = |i: u64| 1.1 + 3.0 * (-(i as f64) / 120.0).exp() + 0.08 * (i as f64 * 0.7).sin();
-        let rate = |i: u64| if i < 100 { 2e-4 * i as f64 / 100.0 } else { 1e-4 * (1.0 + ((i - 100) as f64 / 500.0 * 3.1416).cos()) };
+        let rate =
+            |i: u64| if i < 100 { 2e-4 * i as f64 / 100.0 } else { 1e-4 * (1.0 + ((i - 100) as f64 / 500.0 * std::f64::consts::PI).cos()) };
         let report = |i: u64| TrainReport { loss: loss(i), learning_rate: Some(rate(i)), ..TrainReport::default() };
         Metrics {
             train: (1..=60).map(|i| (i * 10, report(i * 10))).collect(),

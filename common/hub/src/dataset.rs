@@ -5,6 +5,7 @@ use crate::{
     cache::{RepoCache, check_free_space},
     download::Download,
     error::HubError,
+    index::is_plain_file_name,
     model_ref::{RepoKind, RepoRef},
     remote::{Remote, RemoteFile},
     settings::HubSettings,
@@ -20,6 +21,8 @@ pub struct DatasetRepo {
     repo: RepoRef,
     folder: PathBuf,
     files: Vec<String>,
+    /// Paths of those in folders, which cannot be fetched.
+    deeper: Vec<String>,
     source: Source,
 }
 
@@ -65,10 +68,12 @@ impl DatasetRepo {
             Some(commit) => commit.to_owned(),
             None => remote.resolve_commit().await?,
         };
-        let listed = remote.list(&commit).await?;
+        let (listed, deeper): (Vec<_>, Vec<_>) =
+            remote.tree(&commit, true).await?.into_iter().partition(|file| is_plain_file_name(&file.name));
         let files = listed.iter().map(|file| file.name.clone()).collect();
+        let deeper = deeper.into_iter().map(|file| file.name).collect();
         let folder = remote.cache.snapshot(&commit);
-        Ok(Self { repo: repo.clone(), folder, files, source: Source::Hub { remote: Box::new(remote), commit, listed } })
+        Ok(Self { repo: repo.clone(), folder, files, deeper, source: Source::Hub { remote: Box::new(remote), commit, listed } })
     }
 
     fn in_cache(repo: &RepoRef, settings: &HubSettings, away: Option<(String, String)>) -> Option<Self> {
@@ -78,12 +83,18 @@ impl DatasetRepo {
         let names = entries.filter(|entry| entry.path().is_file()).map(|entry| entry.file_name());
         let mut files: Vec<String> = names.map(OsString::into_string).filter_map(Result::ok).collect();
         files.sort();
-        Some(Self { repo: repo.clone(), folder, files, source: Source::Cache { cache_dir: settings.cache_dir.clone(), away } })
+        let source = Source::Cache { cache_dir: settings.cache_dir.clone(), away };
+        Some(Self { repo: repo.clone(), folder, files, deeper: Vec::new(), source })
     }
 
     /// Names in the top folder.
     pub fn files(&self) -> &[String] {
         &self.files
+    }
+
+    /// Paths of files in other folders; only those in the top folder can be fetched.
+    pub fn deeper(&self) -> &[String] {
+        &self.deeper
     }
 
     /// Why `file` is not among [`files`](Self::files), when the hub may have it all the same.

@@ -125,14 +125,19 @@ impl Remote {
 
     /// The files in the top folder at this commit; names that are not plain are left out.
     pub(crate) async fn list(&self, commit: &str) -> Result<Vec<RemoteFile>, HubError> {
+        let mut files = self.tree(commit, false).await?;
+        files.retain(|file| is_plain_file_name(&file.name));
+        Ok(files)
+    }
+
+    /// The files at this commit, with their paths as names; `deep` for those in folders too.
+    pub(crate) async fn tree(&self, commit: &str, deep: bool) -> Result<Vec<RemoteFile>, HubError> {
         let repo = self.repository();
         let listing = async {
-            let mut entries = pin!(repo.list_tree().revision(commit).limit(MAX_LISTED_FILES).send()?);
+            let mut entries = pin!(repo.list_tree().revision(commit).recursive(deep).limit(MAX_LISTED_FILES).send()?);
             let mut files = Vec::new();
             while let Some(entry) = entries.try_next().await? {
-                if let RepoTreeEntry::File { path, size, lfs, xet_hash, .. } = entry
-                    && is_plain_file_name(&path)
-                {
+                if let RepoTreeEntry::File { path, size, lfs, xet_hash, .. } = entry {
                     files.push(RemoteFile { name: path, bytes: size, large: lfs.is_some() || xet_hash.is_some() });
                 }
             }

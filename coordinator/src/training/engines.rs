@@ -1,7 +1,10 @@
 //! The streams to the engines of a job, for one epoch: orders out, reports in.
 
+use super::{
+    checkpoint::SavedTensor,
+    data::{MicroLimits, divide},
+};
 use crate::core::event::EngineAt;
-use bytes::Bytes;
 use mlx_cluster_common::{
     ids::Epoch,
     training::{MicroBatch, Parallel, Row, TrainingPlan},
@@ -21,7 +24,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::data::{MicroLimits, divide};
+
 
 /// An engine says something each second; one that says nothing for so long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -49,17 +52,6 @@ pub(super) struct BatchDone {
     pub(super) waiting: Duration,
     /// By worker: most bytes that MLX had in use.
     pub(super) peaks: BTreeMap<String, u64>,
-}
-
-/// A tensor of a checkpoint.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct SavedTensor {
-    pub(super) is_optimizer: bool,
-    pub(super) name: String,
-    /// As safetensors call it.
-    pub(super) dtype: String,
-    pub(super) shape: Vec<u64>,
-    pub(super) data: Bytes,
 }
 
 /// How rows are spread over the engines.
@@ -119,7 +111,8 @@ impl Engines {
         let mut trained = 0;
         for engine in &mut self.all {
             for tensor in restored {
-                engine.order(Order::Restore(tensor.clone().into())).await?;
+                let tensor = wire::SavedTensor::try_from(tensor.clone()).map_err(|error| fault(&engine.at, error.to_string()))?;
+                engine.order(Order::Restore(tensor)).await?;
             }
             engine.order(Order::Begin(wire::Begin { updates, has_optimizer })).await?;
         }
@@ -173,17 +166,16 @@ impl Engines {
     }
 
     /// What is trained, and what the optimizer remembers, tensor by tensor, each once.
-    pub(super) async fn save(&mut self, number: u64, mut take: impl AsyncFnMut(SavedTensor) -> Result<(), String>) -> Result<(), SaveError> {
+    pub(super) async fn save(&mut self, number: u64, mut take: impl FnMut(SavedTensor) -> Result<(), String>) -> Result<(), SaveError> {
         for engine in &mut self.all {
             engine.order(Order::Save(wire::Save { number, has_optimizer: true })).await?;
         }
         for engine in &mut self.all {
             loop {
                 match engine.report().await? {
-                    Report::Saved(wire::SavedTensor { is_optimizer, tensor: Some(tensor) }) => {
-                        let wire::Tensor { name, dtype, shape, data } = tensor;
-                        let shape = shape.into_iter().map(u64::from).collect();
-                        take(SavedTensor { is_optimizer, name, dtype, shape, data }).await.map_err(SaveError::Kept)?;
+                    Report::Saved(saved) => {
+                        let saved = SavedTensor::try_from(saved).map_err(|error| fault(&engine.at, error.to_string()))?;
+                        take(saved).map_err(SaveError::Kept)?;
                     }
                     Report::SaveEnded(ended) if ended == number => break,
                     _ => return Err(fault(&engine.at, "it reported something else than what it saves").into()),
@@ -205,14 +197,6 @@ pub(super) enum SaveError {
 impl From<Fault> for SaveError {
     fn from(fault: Fault) -> Self {
         SaveError::Engine(fault)
-    }
-}
-
-impl From<SavedTensor> for wire::SavedTensor {
-    fn from(saved: SavedTensor) -> Self {
-        let SavedTensor { is_optimizer, name, dtype, shape, data } = saved;
-        let shape = shape.into_iter().map(|dim| u32::try_from(dim).unwrap_or(u32::MAX)).collect();
-        Self { is_optimizer, tensor: Some(wire::Tensor { name, dtype, shape, data }) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! `mlx-cluster train`: the flags of `mlx_lm.lora`, and the config that they make together with a file.
 
+mod report;
 mod yaml;
 
 use crate::{

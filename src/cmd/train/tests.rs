@@ -1,3 +1,5 @@
+//! Flags and file together.
+
 use super::*;
 use clap::Parser;
 use mlx_cluster_common::training::{Decay, FineTune, Schedule, config::DataSource};

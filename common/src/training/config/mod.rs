@@ -145,6 +145,16 @@ impl TrainingConfig {
         self.record.clone()
     }
 
+    /// The same for an adapter that was trained otherwise: `config` is its `adapter_config.json`.
+    pub fn for_adapter(&self, config: &Map<String, Value>) -> Result<Self, TrainingConfigError> {
+        AdapterConfig::parse(config)?;
+        let mut keys = self.record.clone();
+        for key in ["fine_tune_type", "num_layers", "lora_parameters"] {
+            keys.insert(key.to_owned(), config.get(key).cloned().unwrap_or(Value::Null));
+        }
+        Self::parse(&keys)
+    }
+
     pub fn role(&self, parallel: Parallel) -> TrainingRole {
         TrainingRole {
             fine_tune: self.fine_tune.clone(),

@@ -1,3 +1,5 @@
+//! Each key of a config: what it says, and why it is refused.
+
 use super::*;
 use crate::training::{Decay, LoraParameters, Warmup, optimizer::Adafactor};
 use serde_json::json;

@@ -29,17 +29,7 @@ pub struct Encoder {
     template: Option<ChatTemplate>,
     special: SpecialTokens,
     eos: Option<u32>,
-    around: Around,
     variables: Map<String, Value>,
-}
-
-/// What comes around a text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Around {
-    /// What `tokenizer.json` says.
-    Tokenizer,
-    /// What `tokenizer_config.json` says with add_bos_token and add_eos_token, which take precedence in transformers.
-    Config { bos: Option<u32>, eos: Option<u32> },
 }
 
 impl Encoder {
@@ -59,17 +49,10 @@ impl Encoder {
             special = special.iter().chain(newer.iter()).collect();
         }
         let id = |name: &str| tokenizer.token_id(special.get(name)?);
-        let flag = |name: &str| config.get(name).map(|value| value.as_bool().unwrap_or(false));
-        let around = match (flag("add_bos_token"), flag("add_eos_token")) {
-            (None, None) => Around::Tokenizer,
-            (bos, eos) => {
-                Around::Config { bos: id("bos_token").filter(|_| bos == Some(true)), eos: id("eos_token").filter(|_| eos == Some(true)) }
-            }
-        };
         let eos = id("eos_token");
         let thinks = THINKING.iter().any(|tokens| tokens.iter().all(|token| tokenizer.token_id(token).is_some()));
         let variables = Map::from_iter([("enable_thinking".to_owned(), thinks.into())]);
-        Ok(Self { folder: folder.to_owned(), tokenizer, template, special, eos, around, variables })
+        Ok(Self { folder: folder.to_owned(), tokenizer, template, special, eos, variables })
     }
 
     pub(super) fn has_template(&self) -> bool {
@@ -95,13 +78,8 @@ impl Encoder {
     }
 
     fn text(&self, text: &str) -> Result<Vec<u32>, RowFault> {
-        let mut tokens = match self.around {
-            Around::Tokenizer => self.tokenizer.encode_verbatim(text, true).map_err(RowFault::Tokenizer)?,
-            Around::Config { bos, eos } => {
-                let tokens = self.tokenizer.encode_verbatim(text, false).map_err(RowFault::Tokenizer)?;
-                bos.into_iter().chain(tokens).chain(eos).collect()
-            }
-        };
+        // transformers passes over add_bos_token and add_eos_token where there is a tokenizer.json, which says what comes around.
+        let mut tokens = self.tokenizer.encode_verbatim(text, true).map_err(RowFault::Tokenizer)?;
         if let Some(eos) = self.eos
             && !tokens.is_empty()
             && tokens.last() != Some(&eos)

@@ -30,7 +30,7 @@ pub enum DataError {
     NoTestSplit { path: String },
     #[error(
         "{place} has no JSON lines for the split `{split}` (looked for {split}.jsonl and {split}-00000-of-00001.jsonl at the top; it holds \
-         {holds}): name another split, or convert the data to JSON lines"
+         {holds}): name another split, or convert or copy the data to such a file and give its folder"
     )]
     NoSplit { place: String, split: String, holds: String },
     #[error(

@@ -216,10 +216,18 @@ impl Place {
 
     /// A better reason than `missing`, if there is one.
     fn explain(&self, split: &str, missing: DataError) -> DataError {
-        let parquet = self.holds().iter().find(|name| name.ends_with(".parquet"));
-        let jsonl = self.holds().iter().any(|name| name.ends_with(".jsonl"));
+        let deeper = match self {
+            Self::Folder(..) => &[],
+            Self::Repo(_, repo) => repo.deeper(),
+        };
+        let all = [self.holds(), deeper].concat();
+        let parquet = all.iter().find(|name| name.ends_with(".parquet"));
+        let jsonl = all.iter().any(|name| name.ends_with(".jsonl"));
         match (self, parquet) {
             (_, Some(example)) if !jsonl => DataError::Parquet { place: self.name(), example: example.clone() },
+            (Self::Repo(..), _) if !deeper.is_empty() => {
+                DataError::NoSplit { place: self.name(), split: split.to_owned(), holds: some(&all) }
+            }
             (Self::Repo(_, repo), _) => repo.not_cached(&format!("{split}.jsonl")).map_or(missing, DataError::Hub),
             _ => missing,
         }

@@ -130,7 +130,10 @@ impl Owner {
             self.ranks.check(self.stage.prepare())?;
             self.is_prepared = true;
         }
-        let Restored { parameters, optimizer } = restored;
+        let Restored { mut parameters, mut optimizer } = restored;
+        // Every engine gets all of a checkpoint, and takes what is its own.
+        parameters.retain(|name, _| self.stage.parameters().contains_key(name));
+        optimizer.retain(|name, _| name.rsplit_once('.').is_some_and(|(parameter, _)| self.stage.parameters().contains_key(parameter)));
         if !parameters.is_empty() || begin.updates > 0 {
             let optimizer = begin.has_optimizer.then_some(optimizer);
             self.stage.restore(parameters, begin.updates, optimizer).map_err(|error| error.to_string())?;

@@ -35,17 +35,20 @@ fn a_text_ends_once() {
 }
 
 #[test]
-fn flags_of_the_config_outweigh_the_tokenizer() {
-    let with = |bos: bool, eos: bool| {
-        let mut config = usual_config();
-        config["add_bos_token"] = bos.into();
-        config["add_eos_token"] = eos.into();
-        encoder(&config, None)
-    };
-    assert_eq!(text(&with(true, true), "a").len(), 3);
-    assert_eq!(text(&with(false, false), "ab").len(), 3);
-    assert_eq!(text(&with(true, false), "ab")[0], BEGIN);
-    let empty = with(false, false).encode(&Content::Text(String::new()), false);
+fn flags_of_the_config_change_nothing() {
+    let mut config = usual_config();
+    config["add_bos_token"] = false.into();
+    config["add_eos_token"] = true.into();
+    assert_eq!(text(&encoder(&config, None), "ab<|end|>"), text(&encoder(&usual_config(), None), "ab"));
+}
+
+#[test]
+fn a_text_without_a_token_is_a_fault() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tokenizer = crate::chat::fixtures::byte_level();
+    tokenizer["post_processor"] = Value::Null;
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let empty = Encoder::load(folder.path()).unwrap().encode(&Content::Text(String::new()), false);
     assert!(matches!(empty, Err(RowFault::NoTokens)), "{empty:?}");
 }
 

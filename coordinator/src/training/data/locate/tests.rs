@@ -118,11 +118,20 @@ async fn several_sets_follow_each_other() {
 
 #[tokio::test]
 async fn parquet_is_named_with_the_way_out() {
-    let world = World::new(&["train-00000-of-00001.parquet", "README.md"]);
-    for error in [world.named(TRAIN).await.unwrap_err(), world.listed(hub_set()).await.unwrap_err()] {
-        assert!(matches!(error, DataError::Parquet { .. }), "{error}");
-        assert!(error.to_string().contains("convert it to JSON lines"), "{error}");
+    for file in ["train-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"] {
+        let world = World::new(&[file, "README.md"]);
+        for error in [world.named(TRAIN).await.unwrap_err(), world.listed(hub_set()).await.unwrap_err()] {
+            assert!(matches!(&error, DataError::Parquet { example, .. } if example == file), "{error}");
+            assert!(error.to_string().contains("convert it to JSON lines"), "{error}");
+        }
     }
+}
+
+#[tokio::test]
+async fn files_in_folders_are_shown_but_not_taken() {
+    let world = World::new(&["data/train.jsonl", "README.md"]);
+    let error = world.named(TRAIN).await.unwrap_err().to_string();
+    assert!(error.contains("it holds README.md, data/train.jsonl): name another split, or convert or copy"), "{error}");
 }
 
 #[tokio::test]
