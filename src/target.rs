@@ -55,7 +55,7 @@ impl Target {
         let mut target = match (found, &args.model) {
             (Ok(_), _) => Self { client, model: String::new(), local: None },
             (Err(_), Some(model)) => {
-                let local = LocalCluster::start(model, args.context, caches).await?;
+                let local = LocalCluster::start(Some(model), args.context, caches).await?;
                 Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
             }
             (Err(cause), None) => {

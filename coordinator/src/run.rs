@@ -15,7 +15,7 @@ use crate::{
     serving::{ClusterStatus, InstanceState, Serving},
     training::{
         jobs::{JobParts, Jobs, JobsTask},
-        runs::Unavailable,
+        runner::ClusterRunner,
     },
 };
 use mlx_cluster_common::{
@@ -117,7 +117,7 @@ pub async fn run_with(options: CoordinatorOptions, shutdown: CancellationToken, 
     let (commands, commands_out) = mpsc::channel(COMMANDS);
     let (status, status_out) = watch::channel(Arc::new(starting(&options)));
     let (served, served_out) = watch::channel(None);
-    let parts = JobParts { home: options.home.clone(), runner: Box::new(Unavailable), commands: commands.clone() };
+    let parts = JobParts { home: options.home.clone(), runner: Box::new(ClusterRunner), commands: commands.clone() };
     let (jobs, jobs_task) = Jobs::open(parts)?;
     let serving = Serving { commands, status: status_out, model: served_out };
     let http_stop = CancellationToken::new();

@@ -4,10 +4,10 @@ mod chat;
 mod coordinator;
 mod engine;
 mod generate;
+mod jobs;
 mod models;
 mod plan;
 mod status;
-#[expect(dead_code, reason = "the verb comes with its client")]
 mod train;
 mod worker;
 
@@ -42,6 +42,8 @@ enum Verb {
     Coordinator(coordinator::CoordinatorArgs),
     Generate(generate::GenerateArgs),
     Chat(chat::ChatArgs),
+    Train(Box<train::TrainArgs>),
+    Jobs(jobs::JobsArgs),
     Plan(plan::PlanArgs),
     Models(models::ModelsArgs),
     Status(status::StatusArgs),
@@ -68,6 +70,8 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Verb::Coordinator(args) => coordinator::run(args).await,
             Verb::Generate(args) => generate::run(args).await,
             Verb::Chat(args) => chat::run(args).await,
+            Verb::Train(args) => train::run(*args).await,
+            Verb::Jobs(args) => jobs::run(args).await,
             Verb::Plan(args) => plan::run(args).await,
             Verb::Models(args) => models::run(args).await,
             Verb::Status(args) => status::run(args).await,

@@ -51,15 +51,6 @@ pub trait RunJob: Send + Sync + 'static {
     fn run(&self, context: RunnerContext) -> Run;
 }
 
-/// In place of engines that train: every job fails with a sentence.
-pub struct Unavailable;
-
-impl RunJob for Unavailable {
-    fn run(&self, _: RunnerContext) -> Run {
-        Box::pin(async { Outcome::Failed("this coordinator cannot train".into()) })
-    }
-}
-
 /// Through which a runner says what happens. Cheap to clone. Writes to the disk, little at a time.
 #[derive(Debug, Clone)]
 pub struct JobReporter {
