@@ -6,6 +6,7 @@ mod command_line;
 mod engine_loss;
 mod hub;
 mod idle;
+mod jobs;
 mod membership;
 mod serving;
 mod shutdown;

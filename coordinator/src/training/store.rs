@@ -2,6 +2,7 @@
 
 use super::{
     checkpoint::{CheckpointError, Checkpoints},
+    events::{EventLog, JobEvent},
     files::{FileError, attempt, make_folder, write_atomically},
 };
 use mlx_cluster_common::training::{TrainStrategy, TrainingConfig};
@@ -178,13 +179,14 @@ impl JobStore {
         Ok(records)
     }
 
-    /// Marks jobs whose coordinator is gone as stopped; those that another coordinator of this home runs are left alone.
+    /// Marks jobs whose coordinator is gone as stopped, and tells so; those that another coordinator of this home runs are left alone.
     pub fn adopt(&self) -> Result<(), StoreError> {
         for mut record in self.list()?.into_iter().filter(|record| record.state.is_active()) {
             let Some(folder) = self.folder(&record.id) else { continue };
             let Some(_lock) = folder.lock()? else { continue };
             record.state = JobState::Stopped { cause: "the coordinator ended".into() };
             folder.write(&record)?;
+            EventLog::open(folder.path())?.report(JobEvent::Ended { state: record.state, iteration: record.iteration });
         }
         Ok(())
     }

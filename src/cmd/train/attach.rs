@@ -60,7 +60,10 @@ fn detached(id: &JobId) -> anyhow::Error {
 /// The job's end in a sentence, and as an exit status.
 fn conclude(shown: &Shown, job: &StartedJob, stop: &CancellationToken) -> anyhow::Result<()> {
     let StartedJob { id, adapter_path, .. } = job;
-    let Some((state, iteration)) = &shown.end else { return Ok(()) };
+    let Some((state, iteration)) = &shown.end else {
+        let message = format!("job {id} is over, and how it ended was not told: look with `mlx-cluster jobs show {id}`");
+        return Err(Failure::new(Exit::Other, message).into());
+    };
     match state {
         JobState::Failed { cause } => Err(Failure::new(Exit::Other, format!("job {id} failed: {cause}")).into()),
         JobState::Stopped { .. } if stop.is_cancelled() => {

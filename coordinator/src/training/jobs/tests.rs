@@ -166,7 +166,10 @@ async fn a_job_of_a_coordinator_that_was_killed_is_stopped_and_not_run_twice() {
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
-    assert_eq!(jobs.show(id.as_str()).await.unwrap().state, JobState::Stopped { cause: "the coordinator ended".into() });
+    let stopped = JobState::Stopped { cause: "the coordinator ended".into() };
+    assert_eq!(jobs.show(id.as_str()).await.unwrap().state, stopped);
+    // Whoever followed it before is told when they come back.
+    assert_eq!(outcome(&all(&jobs, &id, 0).await), stopped);
     let resumed = jobs.resume(id.as_str(), ResumeRequest::default()).await.unwrap();
     let events = all(&jobs, &id, resumed.next_event).await;
     // From the checkpoint at 4.
