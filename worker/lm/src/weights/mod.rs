@@ -3,14 +3,17 @@
 mod copies;
 mod files;
 mod make;
+mod patch;
+
+pub(crate) use files::Files;
+pub(crate) use make::{made, sliced};
+pub(crate) use patch::write_box;
 
 use crate::{
     error::LmError,
     ffi,
     group::{Group, Vocabulary},
 };
-use files::Files;
-use make::made;
 use mlx_cluster_common::{
     spec::Part,
     tensor::{Cut, Split, WideNorm},
