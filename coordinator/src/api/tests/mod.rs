@@ -6,3 +6,4 @@ mod completions;
 mod fake;
 mod server;
 mod status;
+mod tokenize;
