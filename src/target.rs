@@ -98,7 +98,12 @@ impl Target {
         };
         let served = status.pointer("/model/id").and_then(Value::as_str).unwrap_or_default().to_owned();
         match &args.model {
-            Some(wanted) if let Some((base, adapter)) = adapter_of(wanted) && is_same_model(base, &served) => Ok(format!("{served}:{adapter}")),
+            Some(wanted)
+                if let Some((base, adapter)) = adapter_of(wanted)
+                    && is_same_model(base, &served) =>
+            {
+                Ok(format!("{served}:{adapter}"))
+            }
             Some(wanted) if self.local.is_none() && !is_same_model(wanted, &served) => {
                 let message = format!("the coordinator at {} serves {served}, not {wanted}: leave --model out, or stop it first", args.url);
                 Err(Failure::new(Exit::Usage, message).into())

@@ -15,7 +15,8 @@ use mlx_cluster_common::{
     weights::WeightIndex,
 };
 use mlx_cluster_hub::{
-    ADAPTER_CONFIG_FILE, Description, SHARD_BYTES_MAX, Shard, ShardTensor, WEIGHT_INDEX_FILE, free_disk_bytes, plan_shards, weight_index_file,
+    ADAPTER_CONFIG_FILE, Description, SHARD_BYTES_MAX, Shard, ShardTensor, WEIGHT_INDEX_FILE, free_disk_bytes, plan_shards,
+    weight_index_file,
 };
 use mlx_cluster_lm::fuse::{Checkpoint, Fusion};
 use serde_json::{Map, Value};

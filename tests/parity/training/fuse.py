@@ -72,7 +72,7 @@ def table(title: str) -> Row:
 def cases() -> list[Fuse]:
     llama, tied = Case("llama", LLAMA), Case("tied", TIED)
     affine, mxfp4 = Case("llama", LLAMA, AFFINE4), Case("llama", LLAMA, MXFP4)
-    apart, quantised_apart = Case("moe", MOE, experts_apart=True), Case("moe", MOE, AFFINE4, experts_apart=True)
+    apart, quantised_apart = Case("moe", MOE, experts_apart=True), Case("mixtral", models.FAMILIES["mixtral"], AFFINE4, experts_apart=True)
     mixed = Case("llama", LLAMA, AFFINE4, {"model.layers.1.mlp.down_proj": {"group_size": 64, "bits": 8}, "lm_head": False})
     gemma, hybrid = table("gemma"), table("qwen3_next")
     return [
@@ -96,8 +96,8 @@ def cases() -> list[Fuse]:
         Fuse("qwen3_moe, lora", Case("moe", MOE)),
         Fuse("qwen3_moe, experts apart, lora", apart),
         Fuse("qwen3_moe, experts apart, whole parameters", apart, "full"),
-        Fuse("qwen3_moe affine4, experts apart, lora", quantised_apart),
-        Fuse("qwen3_moe affine4, experts apart, lora, as floats", quantised_apart, dequantize=True),
+        Fuse("mixtral affine4, experts apart, lora", quantised_apart),
+        Fuse("mixtral affine4, experts apart, lora, as floats", quantised_apart, dequantize=True),
         Fuse("gemma, lora", gemma),
         Fuse("gemma, whole parameters", gemma, "full"),
         Fuse("qwen3_next as published, lora", hybrid, published=True),
@@ -145,7 +145,9 @@ def adapter(case: Fuse, model: nn.Module, folder: Path, seed: int) -> None:
         for layer in model.layers[-max(case.num_layers, 0) :]:
             layer.unfreeze()
         trained = dict(tree_flatten(model.trainable_parameters()))
-        weights = {name: (value + 0.05 * mx.random.normal(value.shape)).astype(value.dtype) for name, value in trained.items()}
+        # Quantised words cannot be trained.
+        trained = {name: value for name, value in trained.items() if mx.issubdtype(value.dtype, mx.floating)}
+        weights = {name: (value * (1 + 0.1 * mx.random.normal(value.shape))).astype(value.dtype) for name, value in trained.items()}
     else:
         parameters = {**parameters, "keys": set(case.keys)} if case.keys else parameters
         linear_to_lora_layers(model, case.num_layers, parameters, use_dora=case.kind == "dora")
@@ -167,7 +169,7 @@ def fuse(case: Fuse, base: Path, adapters: Path, target: Path) -> str | None:
     binary = os.environ.get("MLX_CLUSTER_BIN", str(root / "target" / "debug" / "mlx-cluster"))
     command = [binary, "fuse", "--model", base, "--adapter-path", adapters, "--save-path", target]
     run = subprocess.run(command + ["--dequantize"] * case.dequantize, capture_output=True, text=True, timeout=120)
-    return run.stderr.strip() if run.returncode else None
+    return run.stderr.strip()[-400:] if run.returncode else None
 
 
 def fused_by_mlx_lm(base: Path, adapters: Path, dequantize: bool) -> nn.Module:
