@@ -148,6 +148,23 @@ impl Adapter {
         &self.changes
     }
 
+    /// The same without changes of tensors that the checkpoint has and no parameter is made of: mlx-lm trains such modules too, to no effect
+    /// (Gemma 3n has projections in layers that use the keys and values of others).
+    pub fn without_unused(mut self, map: &WeightMap, index: &WeightIndex) -> Self {
+        let used: BTreeSet<&str> = map.parts.values().flatten().flat_map(Parameter::sources).collect();
+        let is_unused = |name: &str| index.tensors.contains_key(name) && !used.contains(name);
+        let unused = |path: &str, change: &Change| match change {
+            Change::Whole => is_unused(path),
+            Change::LowRank { .. } => is_unused(&format!("{path}.weight")),
+        };
+        let kept = |path: &str, changes: &BTreeMap<String, Change>| changes.get(path).is_none_or(|change| !unused(path, change));
+        let of_tensor = |name: &str| name.rsplit_once('.').map_or("", |(path, _)| path).to_owned();
+        let changes = self.changes.clone();
+        self.tensors.tensors.retain(|name, _| kept(name, &changes) && kept(&of_tensor(name), &changes));
+        self.changes.retain(|path, change| !unused(path, change));
+        self
+    }
+
     /// Every tensor must belong to a module, or be a parameter, of the base, with a shape that fits. Shapes are those of mlx-lm: of a linear
     /// a `[in, r]` and b `[r, out]`, of experts a `[E, r, in]` and b `[E, out, r]`, of an embedding a `[V, r]` and b `[r, d]`, magnitudes
     /// `[out]` or `[V]`. `base` is what the model is called in an error.

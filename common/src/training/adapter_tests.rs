@@ -137,6 +137,22 @@ fn an_adapter_of_another_model_names_both_and_the_first_misfit() {
 }
 
 #[test]
+fn changes_of_what_the_model_does_not_use_are_left_out() {
+    let (_, map) = base(llama(false));
+    let extra = "model.layers.9.self_attn.k_proj";
+    let index = tensors(&[(&format!("{extra}.weight"), &[32, 64]), ("model.layers.9.norm.weight", &[64])]);
+    let names = ["lora_a", "lora_b"].map(|ending| [QUERY, extra].map(|path| format!("{path}.{ending}")));
+    let all: Vec<(&str, &[u64])> =
+        names.iter().flatten().map(|name| (name.as_str(), if name.ends_with("_a") { &[64, 8][..] } else { &[8, 32] })).collect();
+    let lora = adapter("lora", &all).expect("whole").without_unused(&map, &index);
+    assert_eq!((lora.changes().len(), lora.tensors.tensors.len()), (1, 2));
+    assert!(lora.changes().contains_key(QUERY));
+    let whole = adapter("full", &[("model.norm.weight", &[64]), ("model.layers.9.norm.weight", &[64])]).expect("whole");
+    let whole = whole.without_unused(&map, &index);
+    assert_eq!((whole.changes().len(), whole.tensors.tensors.len()), (1, 1));
+}
+
+#[test]
 fn experts_have_factors_of_their_own_and_no_dora() {
     let (spec, map) = base(json!({"model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 96,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 128, "head_dim": 16, "num_experts": 4,

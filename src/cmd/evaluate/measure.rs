@@ -70,8 +70,9 @@ impl Measure<'_> {
                 (all, 1)
             }
             Content::Completion { prompt, completion } if self.raw => {
-                let before = self.tokenize(json!({"prompt": prompt})).await?.ids.len();
-                (self.tokenize(json!({"prompt": format!("{prompt}{completion}")})).await?, before)
+                let all = self.tokenize(json!({"prompt": format!("{prompt}{completion}")})).await?;
+                let prompt = common(&all, &self.tokenize(json!({"prompt": prompt})).await?);
+                (all, prompt)
             }
             Content::Completion { prompt, completion } => {
                 let answer = json!({"role": "assistant", "content": completion});
@@ -86,12 +87,16 @@ impl Measure<'_> {
         Ok(Tokens { counted_from: prompt.clamp(1, ids.len().max(1)), ids, cut })
     }
 
-    /// All of a conversation, and the number of tokens before its answer.
+    /// All of a conversation, and the number of its tokens before the answer.
     async fn conversation(&self, prompt: &[Value], answer: &Value, tools: Option<&Value>) -> anyhow::Result<(Tokenized, usize)> {
         let before = json!({"messages": prompt, "tools": tools, "add_generation_prompt": true});
         let whole: Vec<&Value> = prompt.iter().chain([answer]).collect();
         let all = json!({"messages": whole, "tools": tools, "add_generation_prompt": false});
-        Ok((self.tokenize(all).await?, self.tokenize(before).await?.ids.len()))
+        let (all, before) = (self.tokenize(all).await?, self.tokenize(before).await?);
+        // Templates of models that think may start an answer with an empty thought that they leave out of a conversation. What both have in
+        // common is the prompt all the same, and all of what the template starts an answer with where there is no such thing.
+        let prompt = common(&all, &before);
+        Ok((all, prompt))
     }
 
     async fn tokenize(&self, mut body: Value) -> anyhow::Result<Tokenized> {
@@ -141,6 +146,11 @@ impl Measure<'_> {
         let said = said.and_then(Value::as_str).unwrap_or_default();
         Ok(Some(said.trim() == wanted.trim()))
     }
+}
+
+/// Tokens that both begin with.
+fn common(one: &Tokenized, other: &Tokenized) -> usize {
+    one.ids.iter().zip(&other.ids).take_while(|(one, other)| one == other).count()
 }
 
 fn user(prompt: &str) -> [Value; 1] {

@@ -26,8 +26,9 @@ Example:
   mlx-cluster evaluate --data questions.jsonl --model ./fused_model --max-tokens 0
 
 Rows are those of mlx-lm: {\"messages\": [...]}, {\"prompt\": ..., \"completion\": ...} or {\"text\": ...}, one JSON object a line. As mlx-lm's
---mask-prompt has it, loss is the mean over the tokens of completions (a chat's last message), of a text over all but the first token. An answer
-is exact when it equals the completion but for white space at its ends; texts have no answers.")]
+--mask-prompt has it, loss is the mean over the tokens of completions (a chat's last message), of a text over all but the first token; the
+token of padding that mlx-lm counts behind each row is not counted. An answer is exact when it equals the completion but for white space at its
+ends; texts have no answers.")]
 pub(crate) struct EvaluateArgs {
     /// A JSONL file, or a folder with one for each split
     #[arg(long, value_name = "FOLDER|FILE.jsonl")]

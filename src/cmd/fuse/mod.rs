@@ -88,9 +88,9 @@ async fn fetch(model: &str) -> anyhow::Result<Base> {
 
 /// Writes the result, and says in a sentence what it is.
 fn write(args: &FuseArgs, model: &str, base: &Base, files: &AdapterFiles, stop: &CancellationToken) -> anyhow::Result<String> {
-    let adapter = &files.adapter;
     let spec = read_spec(&parse_json(&base.description.config)?).map_err(bad_file)?;
     let map = WeightMap::assign(&spec, &base.index).map_err(bad_file)?;
+    let adapter = &files.adapter.clone().without_unused(&map, &base.index);
     adapter.check_against(&spec, &map, model).map_err(bad_file)?;
     let plan = FusePlan::new(&spec, &map, adapter, args.dequantize).map_err(bad_file)?;
     let output = Output::begin(&args.save_path, base, &plan)?;
