@@ -24,6 +24,7 @@ sys.path.insert(1, str(root / "tests" / "harness"))
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import dequantize_model, load_model
 
@@ -112,11 +113,16 @@ def every() -> list[Fuse]:
     """Each architecture under mlx's names and, where mlx-lm reads them, the published ones."""
     found = []
     for row in rows():
-        found.append(Fuse(f"{row.title}, lora", row))
+        # mlx-lm itself cannot wrap all linears of that one.
+        kinds = ("full",) if row.model_type == "gemma3n" else ("lora", "full")
+        if "lora" in kinds:
+            found.append(Fuse(f"{row.title}, lora", row))
+            if row.quantizes:
+                found += [Fuse(f"{row.title} affine4, lora{', as floats' * floats}", row, quantization=AFFINE4, dequantize=floats) for floats in (False, True)]
         if row.published and row.mlx_lm_loads:
-            found += [Fuse(f"{row.title} as published, {kind}", row, kind, published=True) for kind in ("lora", "full")]
-        if row.quantizes:
-            found += [Fuse(f"{row.title} affine4, lora{', as floats' * floats}", row, quantization=AFFINE4, dequantize=floats) for floats in (False, True)]
+            # Layouts that can be read and not be written.
+            floats = "fp8" in row.name or "int4" in row.name
+            found += [Fuse(f"{row.title} as published, {kind}{', as floats' * floats}", row, kind, published=True, dequantize=floats) for kind in kinds]
     return found
 
 
@@ -185,7 +191,7 @@ def fused_by_mlx_lm(base: Path, adapters: Path, dequantize: bool) -> nn.Module:
 
 
 def logits(model: nn.Module) -> mx.array:
-    return model(mx.array([PROMPT]))[0].astype(mx.float32)
+    return model(mx.array([PROMPT]), cache=make_prompt_cache(model))[0].astype(mx.float32)
 
 
 def check(case: Fuse, seed: int) -> str | None:
@@ -212,7 +218,9 @@ def check(case: Fuse, seed: int) -> str | None:
         if quantised and not case.dequantize:
             return same_tensors(ours, theirs)
         tolerance = BF16_TOLERANCE if case.bf16 or mx.bfloat16 in {value.dtype for _, value in tree_flatten(ours.parameters())} else TOLERANCE
-        return close("base and adapter", logits(ours), both, tolerance) or close("mlx-lm's fusing", logits(ours), logits(theirs), tolerance)
+        # Numbers that were quantised are rounded on their way to floats, and a router may pick another expert for that.
+        apart = None if quantised else close("base and adapter", logits(ours), both, tolerance)
+        return apart or close("mlx-lm's fusing", logits(ours), logits(theirs), tolerance)
 
 
 def close(what: str, ours: mx.array, theirs: mx.array, tolerance: float) -> str | None:
