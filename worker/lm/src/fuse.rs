@@ -93,14 +93,22 @@ impl<'a> Fusion<'a> {
         Ok(self.trained(&parameter.name)?.as_dtype(ffi::to_mlx(parameter.dtype))?)
     }
 
+    /// What a parameter of a matrix is after the adapter: its scales may be trained whole.
+    fn current(&mut self, parameter: &Parameter) -> Result<Array, LmError> {
+        match self.adapter_index.tensors.contains_key(&parameter.name) {
+            true => self.replaced(parameter),
+            false => made(&parameter.recipe, &mut self.base),
+        }
+    }
+
     /// The matrix as numbers, of the type that it has in the base, also where a product with the adapter is wider.
     fn matrix(&mut self, module: &Module, change: Option<&Change>) -> Result<Array, LmError> {
-        let weight = made(&module.weight.recipe, &mut self.base)?;
+        let weight = self.current(module.weight)?;
         let matrix = match &module.quantised {
             None => weight,
             Some(quantised) => {
-                let scales = made(&quantised.scales.recipe, &mut self.base)?;
-                let biases = quantised.biases.map(|biases| made(&biases.recipe, &mut self.base)).transpose()?;
+                let scales = self.current(quantised.scales)?;
+                let biases = quantised.biases.map(|biases| self.current(biases)).transpose()?;
                 ffi::dequantize(&ffi::Quantised { weight: &weight, scales: &scales, biases: biases.as_ref(), scheme: quantised.scheme })?
             }
         };
