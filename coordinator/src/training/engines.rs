@@ -24,8 +24,6 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-
-
 /// An engine says something each second; one that says nothing for so long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// One that is at work and gets no micro-batch done for so long hangs.

@@ -1,8 +1,8 @@
 //! What a job is trained on: its data sets, read once, and the batches that follow from them.
 
 use super::data::{
-    BatchError, BatchPlan, Batches, DataError, DataSet, DataSets, DataSource, Encoder, Features, Grouped, HubSet, ReadOptions, Wanted, locate,
-    pack, packing_note, read, test_only,
+    BatchError, BatchPlan, Batches, DataError, DataSet, DataSets, DataSource, Encoder, Features, Grouped, HubSet, ReadOptions, Wanted,
+    locate, pack, packing_note, read, test_only,
 };
 use mlx_cluster_common::training::{Row, TrainingConfig, config};
 use mlx_cluster_hub::HubSettings;
@@ -66,7 +66,12 @@ impl Examples {
             notes,
             batch_size: config.batch_size as usize,
             packing: config.packing,
-            plan: BatchPlan { iters: config.iters, steps_per_eval: config.steps_per_eval, val_batches: config.val_batches, seed: config.seed },
+            plan: BatchPlan {
+                iters: config.iters,
+                steps_per_eval: config.steps_per_eval,
+                val_batches: config.val_batches,
+                seed: config.seed,
+            },
             test_batches: config.test_batches,
         })
     }

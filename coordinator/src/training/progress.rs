@@ -1,10 +1,6 @@
 //! How far a job is: what is summed up for its next report, and what a checkpoint says of it. No clock: times are given.
 
-use super::{
-    checkpoint::SinceReport,
-    engines::BatchDone,
-    reports::TrainReport,
-};
+use super::{checkpoint::SinceReport, engines::BatchDone, reports::TrainReport};
 use std::{collections::BTreeMap, time::Duration};
 
 /// Where a job stands after so many batches.

@@ -190,7 +190,9 @@ impl Job {
                 Err(NoteEnd::Broken(cause)) => cause.clone(),
                 _ => "see the workers' logs".to_owned(),
             };
-            return Next::End(Ended::Now(Outcome::Failed(format!("its engines failed {FRUITLESS_MAX} times without getting anything done: {why}"))));
+            return Next::End(Ended::Now(Outcome::Failed(format!(
+                "its engines failed {FRUITLESS_MAX} times without getting anything done: {why}"
+            ))));
         }
         match ran {
             Ok(Ok(End::Finished)) => Next::End(Ended::Now(Outcome::Finished)),

@@ -1,6 +1,5 @@
 //! The configuration of a training job: mlx-lm's keys (`lora.py`, CONFIG_DEFAULTS) with their defaults and meanings, each value checked.
 
-mod adapter;
 mod data_set;
 mod differences;
 mod error;
@@ -10,7 +9,6 @@ mod record;
 mod schedule;
 mod table;
 
-pub use adapter::AdapterConfig;
 pub use data_set::{DataSource, Features, HubDataSet};
 pub use error::TrainingConfigError;
 pub use fine_tune::FINE_TUNE_TYPES;
@@ -147,10 +145,12 @@ impl TrainingConfig {
 
     /// The same for an adapter that was trained otherwise: `config` is its `adapter_config.json`.
     pub fn for_adapter(&self, config: &Map<String, Value>) -> Result<Self, TrainingConfigError> {
-        AdapterConfig::parse(config)?;
         let mut keys = self.record.clone();
         for key in ["fine_tune_type", "num_layers", "lora_parameters"] {
-            keys.insert(key.to_owned(), config.get(key).cloned().unwrap_or(Value::Null));
+            // mlx-lm takes all layers for any number below 1.
+            let value = config.get(key).cloned().unwrap_or(Value::Null);
+            let is_all = key == "num_layers" && value.as_i64().is_some_and(|number| number < 1);
+            keys.insert(key.to_owned(), if is_all { Value::from(-1) } else { value });
         }
         Self::parse(&keys)
     }

@@ -8,3 +8,4 @@ mod jobs;
 mod load;
 mod server;
 mod status;
+mod tokenize;

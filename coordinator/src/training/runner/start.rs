@@ -7,7 +7,7 @@ use crate::{
         runs::RunnerContext,
     },
 };
-use mlx_cluster_common::training::{TrainedParameter, TrainingConfig};
+use mlx_cluster_common::training::{Trained, TrainingConfig};
 use std::{collections::BTreeMap, path::Path};
 
 pub(super) struct Start {
@@ -34,8 +34,7 @@ impl Start {
             }
         };
         let trained = model.spec.trained(&model.weights, &config.fine_tune, config.num_layers).map_err(|error| error.to_string())?;
-        let trained: BTreeMap<String, Vec<u32>> =
-            trained.into_values().flatten().map(|TrainedParameter { name, shape }| (name, shape)).collect();
+        let trained = trained.into_values().flatten().map(|Trained { name, shape, .. }| (name, shape)).collect();
         let checkpoints = context.checkpoints.clone();
         let name = model.name.clone();
         let found = tokio::task::spawn_blocking(move || {
@@ -66,18 +65,19 @@ impl Start {
 fn as_trained(config: &TrainingConfig) -> Result<TrainingConfig, String> {
     let path = config.adapter_path.join("adapter_config.json");
     let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).map_err(|error| format!("{} is not JSON: {error}", path.display()))?;
+    let keys: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&text).map_err(|error| format!("{} is not JSON: {error}", path.display()))?;
     config.for_adapter(&keys).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// Weights of exactly the trained parameters, or some of them, in the shapes that the model has.
-fn read(path: &Path, trained: &BTreeMap<String, Vec<u32>>, model: &str) -> Result<Vec<SavedTensor>, String> {
+fn read(path: &Path, trained: &BTreeMap<String, Vec<u64>>, model: &str) -> Result<Vec<SavedTensor>, String> {
     let file = TensorFile::open(path, Part::Adapters).map_err(|error| error.to_string())?;
     let (mut wrong, mut all) = (Vec::new(), 0usize);
     for (name, slot) in file.left() {
         all += 1;
         match trained.get(name) {
-            Some(shape) if shape.iter().map(|dim| u64::from(*dim)).eq(slot.shape.iter().copied()) => {}
+            Some(shape) if *shape == slot.shape => {}
             Some(shape) => wrong.push(format!("`{name}` is {:?}, wanted is {shape:?}", slot.shape)),
             None => wrong.push(format!("`{name}` is nothing that this job trains")),
         }
