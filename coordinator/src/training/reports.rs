@@ -108,7 +108,7 @@ pub(super) mod tests {
              Communication 5.6 %"
         );
         assert_eq!(val(0).to_string(), "Iter 1: Val loss 3.250, Val took 0.500s");
-        assert_eq!(TestReport { test_loss: 1.0, test_ppl: 2.71828 }.to_string(), "Test loss 1.000, Test ppl 2.718.");
+        assert_eq!(TestReport { test_loss: 1.0, test_ppl: 2.7 }.to_string(), "Test loss 1.000, Test ppl 2.700.");
         assert_eq!([exponential(0.0), exponential(123456.0), exponential(f32::NAN)], ["0.000e+00", "1.235e+05", "NaN"]);
     }
 }

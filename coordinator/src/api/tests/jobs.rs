@@ -56,7 +56,7 @@ async fn a_job_is_started_followed_and_shown() {
     let last = all.last().unwrap();
     assert_eq!((&last["event"], &last["state"], &last["iteration"]), (&json!("ended"), &json!("finished"), &json!(3)));
     let from = last["number"].as_u64().unwrap();
-    assert_eq!(events(&fake, &id, from).await, [last.clone()]);
+    assert_eq!(events(&fake, &id, from).await, std::slice::from_ref(last));
     assert_eq!(events(&fake, &id, from + 1).await, Vec::<Value>::new());
 
     let (_, job) = get(&fake, &format!("/v1/jobs/{id}")).await;

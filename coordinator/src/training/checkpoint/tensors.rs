@@ -66,7 +66,7 @@ impl TryFrom<wire::SavedTensor> for SavedTensor {
         let wire::Tensor { name, dtype, shape, data } = saved.tensor.unwrap_or_default();
         let known = DType::from_safetensors(&dtype);
         let shape = shape.into_iter().map(u64::from).collect();
-        let tensor = known.map(|dtype| SavedTensor { part, name: name.clone(), dtype, shape, data: data.into() });
+        let tensor = known.map(|dtype| SavedTensor { part, name: name.clone(), dtype, shape, data });
         tensor.filter(SavedTensor::has_right_size).ok_or(CheckpointError::BadTensor { name })
     }
 }
@@ -78,7 +78,7 @@ impl TryFrom<SavedTensor> for wire::SavedTensor {
         let SavedTensor { part, name, dtype, shape, data } = tensor;
         let shape = shape.into_iter().map(u32::try_from).collect::<Result<_, _>>();
         let shape = shape.map_err(|_| CheckpointError::BadTensor { name: name.clone() })?;
-        let tensor = wire::Tensor { name, dtype: dtype.name().into(), shape, data: data.into() };
+        let tensor = wire::Tensor { name, dtype: dtype.name().into(), shape, data };
         Ok(Self { is_optimizer: part == Part::Optimizer, tensor: Some(tensor) })
     }
 }

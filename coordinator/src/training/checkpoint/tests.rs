@@ -301,6 +301,6 @@ fn tensors_survive_the_wire_and_bad_ones_do_not() {
     };
     assert!(broken(|tensor| tensor.dtype = "F4".into()).is_err());
     assert!(broken(|tensor| tensor.shape.push(2)).is_err());
-    assert!(broken(|tensor| tensor.data = Bytes::new().into()).is_err());
+    assert!(broken(|tensor| tensor.data = Bytes::new()).is_err());
     assert!(SavedTensor::try_from(wire::SavedTensor { is_optimizer: false, tensor: None }).is_err());
 }
