@@ -1,7 +1,7 @@
 //! Jobs at the command line: failed, refused, stopped, cut off and resumed.
 
 use crate::support::{Cluster, PATIENCE, Setup, TinyModel, run, wait_until};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{fs, path::Path};
 
 /// A coordinator without workers: what a job is made of is read all the same.
@@ -10,6 +10,11 @@ fn coordinator() -> Cluster {
     cluster.start_coordinator("coordinator");
     assert!(wait_until(PATIENCE, || cluster.health().is_some()), "{}", cluster.output());
     cluster
+}
+
+/// Its texts end with a token, as those of data sets have to.
+fn model() -> TinyModel {
+    TinyModel::new().with_json("tokenizer_config.json", &json!({"eos_token": "!"}))
 }
 
 fn config(folder: &Path, model: &str) -> String {
@@ -29,7 +34,7 @@ fn config(folder: &Path, model: &str) -> String {
 #[test]
 fn a_job_that_cannot_run_fails_with_a_sentence_and_stays_to_be_looked_at() {
     let cluster = coordinator();
-    let (url, folder, model) = (cluster.url(), tempfile::tempdir().unwrap(), TinyModel::new());
+    let (url, folder, model) = (cluster.url(), tempfile::tempdir().unwrap(), model());
     let jobs = |args: &[&str]| cluster.run(&[&["jobs", "--coordinator", &url], args].concat());
     assert!(jobs(&["list"]).expect_success().stdout.contains("no jobs yet"));
 
@@ -89,7 +94,7 @@ fn losses(folder: &Path, name: &str) -> Vec<(u64, String)> {
 
 #[test]
 fn a_job_that_is_stopped_or_whose_coordinator_is_killed_comes_to_the_same_bits() {
-    let (folder, model) = (tempfile::tempdir().unwrap(), TinyModel::new());
+    let (folder, model) = (tempfile::tempdir().unwrap(), model());
     let rows: String = (0..12).map(|i| format!("{{\"text\": \"{}\"}}\n", "abc ".repeat(i % 5 + 1))).collect();
     for file in ["train.jsonl", "valid.jsonl"] {
         fs::write(folder.path().join(file), &rows).unwrap();
