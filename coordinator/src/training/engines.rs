@@ -39,11 +39,11 @@ pub(super) struct Fault {
     pub(super) message: String,
 }
 
-/// What a batch came to.
+/// What batches came to that were worked on without a pause.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct BatchDone {
-    /// The mean loss over the targets that count.
-    pub(super) loss: f64,
+pub(super) struct Done {
+    /// By batch: the mean loss over the targets that count.
+    pub(super) losses: BTreeMap<u64, f64>,
     pub(super) learning_rate: f32,
     /// Of all engines together.
     pub(super) busy: Duration,
@@ -123,28 +123,35 @@ impl Engines {
         Ok(trained)
     }
 
-    /// Sends a batch on its way. `update_of`: after it comes an update from the gradients of so many batches.
-    pub(super) async fn send(&mut self, number: u64, rows: Vec<Row>, batch: u64, update_of: u32) -> Result<(), Fault> {
-        self.send_as(rows, batch, |micro_batches| Order::Iteration(wire::Iteration { number, micro_batches, update_of })).await
+    /// Sends batches, by number, on their way, to be worked on without a pause. `update_of`: after them comes an update from the gradients of so
+    /// many batches.
+    pub(super) async fn send(&mut self, batches: Vec<(u64, Vec<Row>)>, update_of: u32) -> Result<(), Fault> {
+        let number = batches.last().map_or(0, |(number, _)| *number);
+        self.send_as(batches, |micro_batches| Order::Iteration(wire::Iteration { number, micro_batches, update_of })).await
     }
 
     pub(super) async fn send_evaluation(&mut self, number: u64, rows: Vec<Row>) -> Result<(), Fault> {
-        self.send_as(rows, number, |micro_batches| Order::Evaluate(wire::Iteration { number, micro_batches, update_of: 0 })).await
+        self.send_as(vec![(number, rows)], |micro_batches| Order::Evaluate(wire::Iteration { number, micro_batches, update_of: 0 })).await
     }
 
-    async fn send_as(&mut self, rows: Vec<Row>, batch: u64, order: impl Fn(Vec<wire::TrainRows>) -> Order) -> Result<(), Fault> {
-        let divided = self.spread.divided(rows, batch);
+    async fn send_as(&mut self, batches: Vec<(u64, Vec<Row>)>, order: impl Fn(Vec<wire::TrainRows>) -> Order) -> Result<(), Fault> {
+        let mut by_rank: Vec<Vec<wire::TrainRows>> = vec![Vec::new(); self.spread.shares.len()];
+        for (number, rows) in batches {
+            for (own, micro_batches) in by_rank.iter_mut().zip(self.spread.divided(rows, number)) {
+                own.extend(micro_batches.into_iter().map(wire::TrainRows::from));
+            }
+        }
         for engine in &mut self.all {
-            let own = divided.get(engine.at.rank as usize).cloned().unwrap_or_default();
-            engine.order(order(own.into_iter().map(wire::TrainRows::from).collect())).await?;
+            let own = by_rank.get(engine.at.rank as usize).cloned().unwrap_or_default();
+            engine.order(order(own)).await?;
         }
         Ok(())
     }
 
-    /// Waits for a batch that was sent; they come back in the order in which they were sent.
-    pub(super) async fn done(&mut self, number: u64) -> Result<BatchDone, Fault> {
+    /// Waits for batches that were sent, by the number of the last one; they come back in the order in which they were sent.
+    pub(super) async fn done(&mut self, number: u64) -> Result<Done, Fault> {
         let zero = Duration::ZERO;
-        let mut all = BatchDone { loss: 0.0, learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
+        let mut all = Done { losses: BTreeMap::new(), learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
         let is_split = self.spread.parallel == Parallel::Tensor;
         for engine in &mut self.all {
             let done = match engine.report().await? {
@@ -153,7 +160,9 @@ impl Engines {
             };
             // Ranks that see the same rows have the same loss.
             if !is_split || engine.at.rank == 0 {
-                all.loss += done.loss;
+                for (batch, loss) in done.losses {
+                    *all.losses.entry(batch).or_default() += loss;
+                }
             }
             all.learning_rate = done.learning_rate;
             all.busy += Duration::from_nanos(done.busy_ns);

@@ -17,15 +17,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Batches that engines have while others come back: they never wait for the coordinator.
+/// Updates that engines have while others come back: they never wait for the coordinator.
 const AHEAD: usize = 2;
 /// The last iteration's numbers are told at most this often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
-/// A batch on its way.
+/// Batches on their way, to be worked on without a pause.
 struct Sent {
-    number: u64,
-    counted: u64,
+    /// Numbers, and targets that count.
+    batches: Vec<(u64, u64)>,
     is_update: bool,
 }
 
@@ -36,6 +36,8 @@ pub(super) struct EpochRun<'a> {
     /// As of the last update: what a checkpoint can say.
     at_update: Progress,
     on_the_way: VecDeque<Sent>,
+    /// Batches that wait for the others of their update.
+    gathered: Vec<(u64, Vec<Row>)>,
     /// When the batch before came back.
     last: Instant,
     /// Numbers of evaluations, apart from those of batches.
@@ -92,6 +94,7 @@ impl<'a> EpochRun<'a> {
             at_update: progress.clone(),
             progress,
             on_the_way: VecDeque::new(),
+            gathered: Vec::new(),
             last: now,
             evaluations: 0,
             shown: now,
@@ -137,8 +140,11 @@ impl<'a> EpochRun<'a> {
                     next.iteration
                 )));
             }
-            self.send(next.iteration, rows, counted).await?;
-            let is_saved = next.iteration % config.save_every == 0;
+            self.gathered.push((next.iteration, rows));
+            let (is_update, is_saved) = (self.is_update(next.iteration), next.iteration % config.save_every == 0);
+            if is_update || is_saved {
+                self.send(is_update).await?;
+            }
             while self.on_the_way.len() >= AHEAD || (is_saved && !self.on_the_way.is_empty()) {
                 self.take_back().await?;
             }
@@ -158,34 +164,50 @@ impl<'a> EpochRun<'a> {
         Ok(End::Stopped)
     }
 
-    async fn send(&mut self, number: u64, rows: Vec<Row>, counted: u64) -> Result<(), Stop> {
-        let accumulation = u64::from(self.job.config.grad_accumulation_steps);
-        let is_update = number % accumulation == 0;
+    fn is_update(&self, iteration: u64) -> bool {
+        iteration % u64::from(self.job.config.grad_accumulation_steps) == 0
+    }
+
+    /// What was gathered goes to the engines.
+    async fn send(&mut self, is_update: bool) -> Result<(), Stop> {
+        let gathered = std::mem::take(&mut self.gathered);
+        if gathered.is_empty() {
+            return Ok(());
+        }
+        let batches = gathered.iter().map(|(number, rows)| (*number, batch_targets(rows))).collect();
         let update_of = if is_update { self.job.config.grad_accumulation_steps } else { 0 };
-        self.engines.send(number, rows, number, update_of).await?;
-        self.on_the_way.push_back(Sent { number, counted, is_update });
+        self.engines.send(gathered, update_of).await?;
+        self.on_the_way.push_back(Sent { batches, is_update });
         Ok(())
     }
 
+    /// Until nothing is under way any more.
     async fn settle(&mut self) -> Result<(), Stop> {
+        self.send(false).await?;
         while !self.on_the_way.is_empty() {
             self.take_back().await?;
         }
         Ok(())
     }
 
-    /// Waits for the oldest batch on the way.
+    /// Waits for the oldest batches on the way.
     async fn take_back(&mut self) -> Result<(), Stop> {
-        let Some(Sent { number, counted, is_update }) = self.on_the_way.pop_front() else { return Ok(()) };
-        let done = self.engines.done(number).await?;
+        let Some(Sent { batches, is_update }) = self.on_the_way.pop_front() else { return Ok(()) };
+        let Some((last, _)) = batches.last() else { return Ok(()) };
+        let done = self.engines.done(*last).await?;
         let now = Instant::now();
-        self.check_loss(number, done.loss)?;
-        self.progress.add(&done, counted, now - self.last, is_update);
+        let each = (now - self.last) / batches.len().max(1) as u32;
         self.last = now;
         let config = &self.job.config;
-        if number % config.steps_per_report == 0 || number == config.iters {
-            let report = self.progress.report();
-            kept(self.job.context.reporter.train(report))?;
+        for (number, counted) in batches {
+            let loss = done.losses.get(&number).copied().unwrap_or(f64::NAN);
+            self.check_loss(number, loss)?;
+            self.progress.add(&done, loss, counted, each);
+            self.progress.updates += u64::from(self.is_update(number));
+            if number % config.steps_per_report == 0 || number == config.iters {
+                let report = self.progress.report();
+                kept(self.job.context.reporter.train(report))?;
+            }
         }
         if is_update {
             self.at_update = self.progress.clone();
@@ -252,7 +274,8 @@ impl<'a> EpochRun<'a> {
                 }
                 None => {
                     let Some((number, counted)) = on_the_way.pop_front() else { break };
-                    losses += self.engines.done(number).await?.loss * counted as f64;
+                    let done = self.engines.done(number).await?;
+                    losses += done.losses.values().sum::<f64>() * counted as f64;
                     targets += counted;
                 }
             }
