@@ -43,7 +43,8 @@ pub(super) fn apply(
 /// The matrix `[M, N]` with its singular values brought near 1.
 fn orthogonal(x: Array, steps: u32) -> Result<Array, Exception> {
     let is_tall = x.dim(0) > x.dim(1);
-    let mut x = if is_tall { x.transpose()? } else { x };
+    // Row-major: sums are then made in the order in which mlx-lm's compiled update makes them.
+    let mut x = if is_tall { x.transpose()?.contiguous()? } else { x };
     let norm = linalg::norm_l2(&x, NormOptions { keep_dims: true, ..Default::default() })?;
     x = x.divide(plus(&norm, 1e-7)?)?;
     let [a, b, c] = COEFFICIENTS;
