@@ -47,7 +47,9 @@ pub(crate) async fn until_ready(client: &Client, detail: Detail) -> anyhow::Resu
                 heard = Instant::now();
                 match state_of(&status) {
                     "ready" if status["model"].is_object() => return Ok(status),
-                    "idle" => return Err(refused(client, "serves no model: start it with --model")),
+                    "idle" => {
+                        return Err(refused(client, "serves no model: load one with POST /v1/cluster/load, or start it with --model"));
+                    }
                     "failed" | "draining" => return Err(refused(client, &format!("cannot answer: {}", cause_of(&status)))),
                     _ => shown.show(&status, detail),
                 }

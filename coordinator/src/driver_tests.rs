@@ -1,7 +1,10 @@
 //! The driver with everything around it on loopback: workers join, engines are linked, tokens come, things break.
 
 use crate::{
-    core::world::{Start, start},
+    core::{
+        settings::{InstanceSettings, Kind, TrainingFacts},
+        world::{Start, start, training},
+    },
     discovery::{
         mdns::Found,
         rivals::{self, Rank, Rival},
@@ -9,14 +12,17 @@ use crate::{
     driver::{Driver, Parts},
     error::CoordinatorError,
     fakes::{ENDLESS, FakeWorker},
-    grpc, report,
-    serving::{Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, ServingCommand},
+    grpc,
+    loading::{LoadError, LoadRequest},
+    report,
+    serving::{Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, RunnerNote, ServingCommand},
 };
 use mlx_cluster_common::{
-    ids::NodeId,
+    ids::{InstanceId, NodeId},
     plan::Strategy,
     request::{EngineLoad, FinishReason},
     sampling::SamplingParams,
+    training::Parallel,
 };
 use mlx_cluster_proto::{net, wire::Hello};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -88,15 +94,49 @@ impl Coordinator {
     }
 
     async fn ready(workers: usize) -> (Self, Vec<Arc<FakeWorker>>) {
-        let mut coordinator = Self::start(workers).await;
+        Self::with_workers(workers, start(workers, Strategy::Pipeline)).await
+    }
+
+    async fn idle(workers: usize) -> (Self, Vec<Arc<FakeWorker>>) {
+        Self::with_workers(workers, Start { model: None, ..start(workers, Strategy::Auto) }).await
+    }
+
+    async fn with_workers(workers: usize, start: Start) -> (Self, Vec<Arc<FakeWorker>>) {
+        let wanted = if start.model.is_some() { InstanceState::Ready } else { InstanceState::Idle };
+        let mut coordinator = Self::start_with(start).await;
         let mut fakes = Vec::new();
         for i in 0..workers {
             let worker = FakeWorker::start("test", &format!("w{i}")).await;
             assert_eq!(worker.join(coordinator.address).await.expect("taken").name, "studio");
             fakes.push(worker);
         }
-        coordinator.until(|state| *state == InstanceState::Ready).await;
+        coordinator.until(|state| *state == wanted).await;
         (coordinator, fakes)
+    }
+
+    async fn tell(&self, command: ServingCommand) {
+        self.commands.send(command).await.expect("the driver lives");
+    }
+
+    async fn start_job(&self, number: u64) -> mpsc::Receiver<RunnerNote> {
+        let (notes, receiver) = mpsc::channel(16);
+        let settings = InstanceSettings { strategy: Strategy::Pipeline, ..InstanceSettings::default() };
+        let instance = InstanceId(number);
+        self.tell(ServingCommand::StartJob { instance, facts: job_facts(), settings, notes }).await;
+        receiver
+    }
+
+    async fn load(&self, model: &str) -> Result<String, LoadError> {
+        let (answer, answered) = oneshot::channel();
+        let request = LoadRequest { model: model.into(), strategy: None, context_tokens: None };
+        self.tell(ServingCommand::Load { request, answer }).await;
+        timeout(PATIENCE, answered).await.expect("in time").expect("answered")
+    }
+
+    async fn unload(&self) -> Result<String, LoadError> {
+        let (answer, answered) = oneshot::channel();
+        self.tell(ServingCommand::Unload { answer }).await;
+        timeout(PATIENCE, answered).await.expect("in time").expect("answered")
     }
 
     async fn until(&mut self, wanted: impl Fn(&InstanceState) -> bool) {
@@ -114,6 +154,17 @@ impl Coordinator {
     async fn end(self) -> Result<(), CoordinatorError> {
         timeout(PATIENCE, self.driver).await.expect("in time").expect("no panic")
     }
+}
+
+fn job_facts() -> Arc<TrainingFacts> {
+    match training(Parallel::Data) {
+        Kind::Training(facts) => facts,
+        Kind::Serving(_) => unreachable!("it trains"),
+    }
+}
+
+async fn note(notes: &mut mpsc::Receiver<RunnerNote>) -> RunnerNote {
+    timeout(PATIENCE, notes.recv()).await.expect("in time").expect("not the end")
 }
 
 async fn next(events: &mut mpsc::Receiver<RequestEvent>) -> Option<RequestEvent> {
@@ -216,4 +267,66 @@ async fn of_two_coordinators_the_later_one_gives_way_if_the_other_lives() {
     second.found.send(Found::Coordinator(rival(1))).await.expect("the driver lives");
     let error = second.end().await.expect_err("gives way").to_string();
     assert!(error.contains("`test`") && error.contains("studio at 127.0.0.1"), "{error}");
+}
+
+#[tokio::test]
+async fn a_runner_is_told_what_becomes_of_its_engines() {
+    let (coordinator, workers) = Coordinator::idle(2).await;
+    let mut notes = coordinator.start_job(1).await;
+    let planned = note(&mut notes).await;
+    assert!(matches!(&planned, RunnerNote::Planned(plan) if plan.stages.len() == 2), "{planned:?}");
+    let RunnerNote::Ready { epoch: first, engines } = note(&mut notes).await else { panic!("not ready") };
+    let places: Vec<_> = engines.iter().map(|engine| (engine.number, engine.stage, engine.rank, engine.name.as_str())).collect();
+    assert_eq!(places, [(0, 0, 0, "w0"), (1, 1, 0, "w1")]);
+    for engine in &engines {
+        net::connect("an engine", &engine.addresses).await.expect("it is there");
+    }
+    let jobs = coordinator.status.borrow().jobs.clone();
+    assert_eq!(
+        jobs.iter().map(|job| (job.instance, job.model.as_str(), &job.state)).collect::<Vec<_>>(),
+        [(InstanceId(1), "test", &InstanceState::Ready)]
+    );
+
+    workers[1].kill_engine().await;
+    let broken = note(&mut notes).await;
+    assert_eq!(broken, RunnerNote::Broken { epoch: first, cause: "worker w1: engine killed by signal 9".into() });
+    let RunnerNote::Ready { epoch: second, .. } = note(&mut notes).await else { panic!("not ready again") };
+    assert!(second > first);
+
+    let (instance, node, message) = (InstanceId(1), Some("w0".to_owned()), "no answer".to_owned());
+    coordinator.tell(ServingCommand::Broken { instance, epoch: second, node, message }).await;
+    assert_eq!(note(&mut notes).await, RunnerNote::Broken { epoch: second, cause: "worker w0: no answer".into() });
+    let RunnerNote::Ready { epoch: third, .. } = note(&mut notes).await else { panic!("not ready again") };
+    assert!(third > second);
+
+    coordinator.tell(ServingCommand::StopJob { instance }).await;
+    assert_eq!(note(&mut notes).await, RunnerNote::Ended { failure: None });
+    assert_eq!((workers[0].engines().await, workers[1].engines().await), (0, 0));
+    assert_eq!(timeout(PATIENCE, notes.recv()).await.expect("in time"), None, "nothing comes after the end");
+}
+
+#[tokio::test]
+async fn a_job_without_its_runner_is_stopped() {
+    let (coordinator, workers) = Coordinator::idle(1).await;
+    let mut notes = coordinator.start_job(1).await;
+    while !matches!(note(&mut notes).await, RunnerNote::Ready { .. }) {}
+    let mut taken = coordinator.start_job(1).await;
+    assert_eq!(timeout(PATIENCE, taken.recv()).await.expect("in time"), None, "the number is in use");
+    drop(notes);
+    eventually(async || workers[0].engines().await == 0 && coordinator.status.borrow().jobs.is_empty()).await;
+    assert!(matches!(coordinator.status.borrow().instance, InstanceState::Idle));
+    // Its number is free again.
+    let mut notes = coordinator.start_job(1).await;
+    while !matches!(note(&mut notes).await, RunnerNote::Ready { .. }) {}
+}
+
+#[tokio::test]
+async fn loading_is_refused_with_a_reason() {
+    let (coordinator, _workers) = Coordinator::ready(1).await;
+    assert!(matches!(coordinator.load("/none").await, Err(LoadError::ServedAlready { .. })));
+    assert!(coordinator.unload().await.is_ok());
+    assert!(matches!(coordinator.status.borrow().instance, InstanceState::Idle));
+    assert!(matches!(coordinator.unload().await, Err(LoadError::NothingServed)));
+    let error = coordinator.load("/no/such/folder").await.expect_err("not there").to_string();
+    assert!(error.contains("/no/such/folder"), "{error}");
 }

@@ -195,7 +195,10 @@ impl FakeWorker {
 
     fn tell(&self, id: &str, state: State) {
         let status = wire::EngineStatus { id: id.to_owned(), state: Some(state) };
-        self.observed.send_modify(|snapshot| snapshot.engines = vec![status]);
+        self.observed.send_modify(|snapshot| {
+            snapshot.engines.retain(|engine| engine.id != id);
+            snapshot.engines.push(status);
+        });
     }
 
     async fn want(&self, desired: wire::Desired) {

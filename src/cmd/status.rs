@@ -56,6 +56,9 @@ fn text(status: &Value) -> String {
     if status["model"].is_object() {
         text += &format!("model {}, context {} tokens\n", shown("/model/id"), shown("/model/context_tokens"));
     }
+    for job in list(status, "jobs") {
+        text += &job_line(job);
+    }
     text += &table(status);
     text += &ways(status);
     let addresses = status["join_addresses"].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>();
@@ -75,19 +78,63 @@ fn text(status: &Value) -> String {
     text
 }
 
-/// One line a worker.
+fn list<'a>(status: &'a Value, key: &str) -> &'a [Value] {
+    status[key].as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+fn job_line(job: &Value) -> String {
+    let cause = plain(&job["instance"]["cause"]);
+    let cause = if cause.is_empty() { cause } else { format!(" ({cause})") };
+    format!("job {}: {}{cause}, model {}\n", plain(&job["number"]), plain(&job["instance"]["state"]), plain(&job["model"]))
+}
+
+/// One line a worker with its engine of the served model, and one for each engine of a job.
 fn table(status: &Value) -> String {
-    let workers = status["workers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let workers = list(status, "workers");
     if workers.is_empty() {
         return "no workers: start `mlx-cluster worker` on each Mac\n".to_owned();
     }
-    aligned(["worker", "engine", "layers", "memory used", "usable", "chip"], workers.iter().map(row))
+    let rows = workers.iter().flat_map(|worker| std::iter::once(row(worker)).chain(job_rows(worker)));
+    aligned(["worker", "engine", "layers", "memory used", "usable", "chip"], rows)
+}
+
+fn job_rows(worker: &Value) -> impl Iterator<Item = [String; 6]> {
+    let of_jobs = list(worker, "engines").iter().filter(|engine| !engine["job"].is_null());
+    of_jobs.map(|engine| {
+        let state = format!("job {}: {}", plain(&engine["job"]), engine_state(engine));
+        [plain(&worker["name"]), state, layers(engine), bytes(&engine["resident_bytes"]), String::new(), String::new()]
+    })
+}
+
+fn engine_state(engine: &Value) -> String {
+    match engine["state"].as_str() {
+        None => "none".to_owned(),
+        Some("failed") => format!("failed: {}", plain(&engine["cause"])),
+        Some(state) => state.to_owned(),
+    }
+}
+
+/// What the engine of a plan has of the model.
+fn layers(place: &Value) -> String {
+    let layers = match (place["first_layer"].as_u64(), place["last_layer"].as_u64()) {
+        (Some(first), Some(last)) if first == last => first.to_string(),
+        (Some(first), Some(last)) => format!("{first}-{last}"),
+        _ => "-".to_owned(),
+    };
+    let part = match place["ranks"].as_u64() {
+        Some(2..) => format!(", {}/{} of each", plain(&place["share"]), plain(&place["share_of"])),
+        _ => String::new(),
+    };
+    layers + &part
+}
+
+fn bytes(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), |bytes| Bytes(bytes).to_string())
 }
 
 /// The way that is taken from each worker to each other one; nothing where none was measured.
 fn ways(status: &Value) -> String {
-    let links = status["links"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let mut chosen = links.iter().filter(|link| link["chosen"].as_bool() == Some(true)).map(way).peekable();
+    let mut chosen = list(status, "links").iter().filter(|link| link["chosen"].as_bool() == Some(true)).map(way).peekable();
     if chosen.peek().is_none() {
         return String::new();
     }
@@ -124,24 +171,9 @@ fn aligned(header: [&str; 6], rows: impl Iterator<Item = [String; 6]>) -> String
 
 fn row(worker: &Value) -> [String; 6] {
     let engine = &worker["engine"];
-    let state = match (worker["connected"].as_bool(), engine["state"].as_str()) {
-        (Some(false), _) => "gone".to_owned(),
-        (_, None) => "none".to_owned(),
-        (_, Some("failed")) => format!("failed: {}", plain(&engine["cause"])),
-        (_, Some(state)) => state.to_owned(),
-    };
-    let layers = match (worker["first_layer"].as_u64(), worker["last_layer"].as_u64()) {
-        (Some(first), Some(last)) if first == last => first.to_string(),
-        (Some(first), Some(last)) => format!("{first}-{last}"),
-        _ => "-".to_owned(),
-    };
-    let part = match worker["ranks"].as_u64() {
-        Some(2..) => format!(", {}/{} of each", plain(&worker["share"]), plain(&worker["share_of"])),
-        _ => String::new(),
-    };
-    let bytes = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), |bytes| Bytes(bytes).to_string());
-    let layers = layers + &part;
-    [plain(&worker["name"]), state, layers, bytes(&engine["resident_bytes"]), bytes(&worker["usable_memory_bytes"]), plain(&worker["chip"])]
+    let state = if worker["connected"].as_bool() == Some(false) { "gone".to_owned() } else { engine_state(engine) };
+    let [resident, usable] = [&engine["resident_bytes"], &worker["usable_memory_bytes"]].map(bytes);
+    [plain(&worker["name"]), state, layers(worker), resident, usable, plain(&worker["chip"])]
 }
 
 /// Texts without quotes, nothing for null.
@@ -162,6 +194,26 @@ mod tests {
     fn a_rank_is_shown_with_its_share() {
         let worker = json!({"name": "studio", "connected": true, "first_layer": 0, "last_layer": 4, "rank": 1, "ranks": 2, "share": 1, "share_of": 3});
         assert_eq!(row(&worker)[2], "0-4, 1/3 of each");
+    }
+
+    #[test]
+    fn engines_of_jobs_have_lines_of_their_own() {
+        let status = json!({
+            "cluster": "home", "instance": {"state": "idle", "cause": "no model was asked for"}, "model": null,
+            "jobs": [{"number": 3, "model": "org/base", "instance": {"state": "recovering", "cause": "worker mini: it was killed"}}],
+            "workers": [{"name": "mini", "connected": true, "chip": "Apple M4", "engine": null, "usable_memory_bytes": 16_000_000_000u64,
+                "engines": [{"job": 3, "state": "loading", "first_layer": 0, "last_layer": 7, "rank": 1, "ranks": 2, "share": 1, "share_of": 2}]}]});
+        let text = text(&status);
+        assert!(
+            text.starts_with(
+                "cluster home: idle (no model was asked for)\n\
+                 job 3: recovering (worker mini: it was killed), model org/base\n\
+                 \x20 worker  engine          layers            memory used  usable   chip\n\
+                 \x20 mini    none            -                 -            16.0 GB  Apple M4\n\
+                 \x20 mini    job 3: loading  0-7, 1/2 of each  -\n"
+            ),
+            "{text}"
+        );
     }
 
     #[test]

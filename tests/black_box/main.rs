@@ -5,6 +5,7 @@ mod bad_input;
 mod command_line;
 mod engine_loss;
 mod hub;
+mod idle;
 mod membership;
 mod serving;
 mod shutdown;

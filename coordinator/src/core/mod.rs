@@ -17,6 +17,8 @@ mod wiring;
 #[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]
+mod instances_tests;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 pub(crate) mod world;

@@ -363,9 +363,12 @@ impl World {
     }
 
     pub(crate) fn start_job(&mut self, number: u64, strategy: Strategy, kind: Kind) -> InstanceId {
+        self.start_job_with(number, InstanceSettings { strategy, ..InstanceSettings::default() }, kind)
+    }
+
+    pub(crate) fn start_job_with(&mut self, number: u64, settings: InstanceSettings, kind: Kind) -> InstanceId {
         let instance = InstanceId(number);
         self.jobs.insert(instance, FakeRunner::default());
-        let settings = InstanceSettings { strategy, ..InstanceSettings::default() };
         self.tell(Event::Start { instance, kind, settings });
         instance
     }

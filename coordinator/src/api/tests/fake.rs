@@ -3,6 +3,7 @@
 use super::super::{Api, guard::Guard, router};
 use crate::{
     chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
+    loading::{LoadError, LoadRequest},
     serving::{Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, ServedModel, Serving, ServingCommand},
 };
 use axum::{Router, body::Body, http::Request, response::Response};
@@ -81,6 +82,7 @@ pub(super) enum Step {
 pub(super) enum Seen {
     Request(Admitted),
     Cancelled(usize),
+    Load(LoadRequest),
 }
 
 pub(super) struct Fake {
@@ -98,7 +100,22 @@ impl Fake {
         tokio::spawn(async move {
             let mut count = 0;
             while let Some(command) = receiver.recv().await {
-                let ServingCommand::Submit { request, events } = command else { continue };
+                let (request, events) = match command {
+                    ServingCommand::Submit { request, events } => (request, events),
+                    ServingCommand::Load { request, answer } => {
+                        let _ = answer.send(match request.model.as_str() {
+                            "org/new" => Ok("org/new".into()),
+                            _ => Err(LoadError::ServedAlready { model: "org/tiny".into() }),
+                        });
+                        let _ = report.send(Seen::Load(request));
+                        continue;
+                    }
+                    ServingCommand::Unload { answer } => {
+                        let _ = answer.send(Err(LoadError::NothingServed));
+                        continue;
+                    }
+                    _ => continue,
+                };
                 let (steps, prompt, params) = (script(count), request.prompt.clone(), request.params.clone());
                 let _ = report.send(Seen::Request(request));
                 let (report, number) = (report.clone(), count);

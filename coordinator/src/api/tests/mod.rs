@@ -4,5 +4,6 @@ mod bad_input;
 mod chat;
 mod completions;
 mod fake;
+mod load;
 mod server;
 mod status;

@@ -1,7 +1,7 @@
 //! Health, models, figures and the cluster's state.
 
 use super::fake::{EOS, Fake, Step, ready};
-use crate::serving::{ClusterStatus, EngineOn, InstanceState, RequestFailure, WorkerStatus};
+use crate::serving::{ClusterStatus, EngineOn, InstanceState, JobStatus, RequestFailure, WorkerStatus};
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     engine::{EngineState, NodeFacts},
@@ -210,9 +210,35 @@ async fn the_cluster_is_shown_whole() {
     assert_eq!((&worker["name"], &worker["first_layer"], &worker["last_layer"]), (&json!("mini"), &json!(0), &json!(5)));
     assert_eq!((&worker["rank"], &worker["ranks"], &worker["share"], &worker["share_of"]), (&json!(0), &json!(1), &json!(1), &json!(1)));
     assert_eq!(worker["engine"], json!({"state": "ready", "port": 9, "group_port": null, "incarnation": 3, "resident_bytes": 55}));
+    let engines = json!([{"state": "ready", "port": 9, "group_port": null, "incarnation": 3, "resident_bytes": 55, "job": null,
+        "first_layer": 0, "last_layer": 5, "rank": 0, "ranks": 1, "share": 1, "share_of": 1}]);
+    assert_eq!((&worker["engines"], &body["jobs"]), (&engines, &json!([])));
     assert_eq!(body["load"]["cache_tokens_max"], 100);
     assert_eq!(body["join_addresses"], json!(["10.0.0.1:7000"]));
     with_state(&fake, InstanceState::WaitingForWorkers { found: 1, wanted: 3 });
     let body: Value = serde_json::from_str(&fake.get("/v1/cluster").await.1).expect("JSON");
     assert_eq!((&body["instance"]["workers_found"], &body["instance"]["workers_wanted"]), (&json!(1), &json!(3)));
+}
+
+#[tokio::test]
+async fn jobs_are_shown_with_their_engines() {
+    let fake = fake();
+    let mut status = with_worker();
+    let instance = InstanceId(4);
+    let cause = "worker mini: it was killed".to_owned();
+    status.jobs =
+        vec![JobStatus { instance, model: "org/base".into(), state: InstanceState::Recovering { cause }, plan: status.plan.take() }];
+    status.workers[0].engines = vec![EngineOn { instance, state: EngineState::Loading { done: Bytes(1), total: Bytes(2) } }];
+    status.instance = InstanceState::Idle;
+    fake.status.send_replace(Arc::new(status));
+    let body: Value = serde_json::from_str(&fake.get("/v1/cluster").await.1).expect("JSON");
+    let job = &body["jobs"][0];
+    assert_eq!((&job["number"], &job["model"], &job["plan"]["stages"][0]["last_layer"]), (&json!(4), &json!("org/base"), &json!(5)));
+    assert_eq!(job["instance"], json!({"state": "recovering", "cause": "worker mini: it was killed; it comes back by itself"}));
+    let (worker, engine) = (&body["workers"][0], &body["workers"][0]["engines"][0]);
+    assert_eq!((&worker["engine"], &worker["first_layer"]), (&Value::Null, &Value::Null), "nothing is served");
+    assert_eq!(
+        (&engine["job"], &engine["state"], &engine["last_layer"], &engine["total_bytes"]),
+        (&json!(4), &json!("loading"), &json!(5), &json!(2))
+    );
 }
