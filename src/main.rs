@@ -10,6 +10,7 @@ mod logging;
 mod progress;
 mod signals;
 mod target;
+mod training_report;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -387,6 +387,7 @@ impl Driver {
             }
             Effect::TrainingReady { instance, epoch, engines } => return self.tell_runner(instance, RunnerNote::Ready { epoch, engines }),
             Effect::TrainingBroken { instance, epoch, cause } => return self.tell_runner(instance, RunnerNote::Broken { epoch, cause }),
+            Effect::TrainingDrain { instance, within } => return self.tell_runner(instance, RunnerNote::Drain { within }),
             Effect::InstanceEnded { instance, failure } if instance != InstanceId::SERVED => {
                 return self.tell_runner(instance, RunnerNote::Ended { failure });
             }

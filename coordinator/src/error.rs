@@ -56,7 +56,10 @@ impl CoordinatorError {
                 HubErrorKind::Resources => ErrorKind::Resources,
             },
             Self::Plan(why) | Self::Cluster(ClusterFailure::DoesNotFit(why)) if why.is_usage() => ErrorKind::Usage,
-            Self::Plan(_) | Self::Cluster(ClusterFailure::DoesNotFit(_) | ClusterFailure::Engine { .. }) => ErrorKind::Resources,
+            Self::Plan(_)
+            | Self::Cluster(ClusterFailure::DoesNotFit(_) | ClusterFailure::DoesNotFitBeside { .. } | ClusterFailure::Engine { .. }) => {
+                ErrorKind::Resources
+            }
             Self::Cluster(_) | Self::PortInUse { .. } | Self::Listen { .. } => ErrorKind::Network,
             Self::SecondCoordinator { .. } | Self::NoNodes { .. } | Self::Mdns(_) => ErrorKind::Network,
             Self::Http(_) | Self::Grpc(_) | Self::Task { .. } => ErrorKind::Internal,

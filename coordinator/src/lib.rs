@@ -23,6 +23,7 @@ pub mod report;
 mod run;
 mod runners;
 pub mod serving;
+pub mod training;
 
 pub use cluster_file::{ClusterFacts, ClusterFileError, read_cluster_file};
 pub use error::{CoordinatorError, ErrorKind};

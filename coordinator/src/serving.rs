@@ -16,7 +16,7 @@ use mlx_cluster_common::{
     request::{EngineLoad, FinishReason, TokenOut},
     sampling::SamplingParams,
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Events that wait for a client that reads slowly; a request whose client falls further behind is cancelled.
@@ -184,6 +184,8 @@ pub enum RunnerNote {
     Ready { epoch: Epoch, engines: Vec<EngineAt> },
     /// What was under way in this epoch is lost. Another `Ready` follows, or `Ended`.
     Broken { epoch: Epoch, cause: String },
+    /// The coordinator stops: save what is to be kept, then send `StopJob`. After this time the engines are taken away all the same.
+    Drain { within: Duration },
     /// Its engines are gone: as asked for, or because there is no use in going on. The last note.
     Ended { failure: Option<ClusterFailure> },
 }

@@ -7,6 +7,8 @@ mod generate;
 mod models;
 mod plan;
 mod status;
+#[expect(dead_code, reason = "the verb comes with its client")]
+mod train;
 mod worker;
 
 use crate::logging::{self, Verbosity};

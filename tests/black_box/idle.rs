@@ -16,7 +16,7 @@ fn load(cluster: &mut Cluster, body: &Value) {
 #[test]
 fn models_come_and_go_while_it_runs() {
     let model = TinyModel::new();
-    let mut cluster = Setup { model: None, ..Setup::new(model.path(), 2) }.idle();
+    let mut cluster = Setup::without_model(2).idle();
     cluster.start_coordinator("coordinator");
     assert!(wait_until(PATIENCE, || cluster.health() == Some(503)), "{}", cluster.output());
     assert_eq!(state(&cluster), "waiting_for_workers");
@@ -51,7 +51,7 @@ fn models_come_and_go_while_it_runs() {
 #[test]
 fn a_model_that_does_not_fit_is_told_and_another_is_taken() {
     let model = TinyModel::new();
-    let mut cluster = Setup { model: None, ..Setup::new(model.path(), 1) }.start();
+    let mut cluster = Setup::without_model(1).start();
     cluster.wait_until_ready();
     let asked = cluster.post("/v1/cluster/load", &json!({"model": model.text(), "context": 10_000_000}));
     assert_eq!(asked.status, 202, "{asked:?}");

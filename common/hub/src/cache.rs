@@ -1,11 +1,11 @@
 //! The cache layout that all Hugging Face tools share: blobs by ETag, snapshots as links to them, references and locks.
 //!
 //! `models--owner--name/{blobs/ETAG, blobs/ETAG.incomplete, snapshots/COMMIT/FILE -> ../../blobs/ETAG, refs/main}`, and
-//! `.locks/models--owner--name/ETAG.lock` beside it.
+//! `.locks/models--owner--name/ETAG.lock` beside it; `datasets--owner--name` for data sets.
 
 use crate::{
     error::HubError,
-    model_ref::{RepoRef, is_commit},
+    model_ref::{RepoKind, RepoRef, is_commit},
 };
 use std::{
     fs::{self, File, TryLockError},
@@ -24,7 +24,11 @@ pub(crate) struct RepoCache {
 
 impl RepoCache {
     pub(crate) fn new(cache_dir: &Path, repo: &RepoRef) -> Self {
-        let folder = format!("models--{}--{}", repo.owner(), repo.name());
+        Self::of_kind(RepoKind::Model, cache_dir, repo)
+    }
+
+    pub(crate) fn of_kind(kind: RepoKind, cache_dir: &Path, repo: &RepoRef) -> Self {
+        let folder = format!("{}--{}--{}", kind.plural(), repo.owner(), repo.name());
         Self { root: cache_dir.join(&folder), locks: cache_dir.join(".locks").join(folder) }
     }
 

@@ -1,6 +1,6 @@
 //! What can go wrong between a model's name and its files on disk, each with the next step to take.
 
-use crate::{headers::WeightFileError, index::IndexError, json_file::JsonFileError};
+use crate::{headers::WeightFileError, index::IndexError, json_file::JsonFileError, model_ref::RepoKind};
 use mlx_cluster_common::units::Bytes;
 use std::{path::PathBuf, time::Duration};
 
@@ -14,7 +14,7 @@ pub enum HubError {
     #[error(transparent)]
     WeightFile(#[from] WeightFileError),
     #[error(
-        "{file} of {repo} is not in the cache {cache_dir}, and HF_HUB_OFFLINE forbids fetching it: unset HF_HUB_OFFLINE once to download the model, or copy its files into a folder and give that folder"
+        "{file} of {repo} is not in the cache {cache_dir}, and HF_HUB_OFFLINE forbids fetching it: unset HF_HUB_OFFLINE once to download it, or copy the files into a folder and give that folder"
     )]
     Offline { repo: String, file: String, cache_dir: PathBuf },
     #[error("the hub {endpoint} cannot be reached ({cause}): check the network, point HF_ENDPOINT to a mirror, or give a folder")]
@@ -27,8 +27,8 @@ pub enum HubError {
     NotAHub { endpoint: String, cause: String },
     #[error("the hub {endpoint} refuses {what} with status {status}: {message}")]
     Refused { endpoint: String, what: String, status: u16, message: String },
-    #[error("the hub {endpoint} shows no model `{repo}`, and there is no folder of that name: check the spelling; {}", private(*has_token))]
-    RepoNotFound { endpoint: String, repo: String, has_token: bool },
+    #[error("the hub {endpoint} shows no {kind} `{repo}`, and there is no folder of that name: check the spelling; {}", private(*has_token))]
+    RepoNotFound { endpoint: String, kind: RepoKind, repo: String, has_token: bool },
     #[error("`{repo}` is gated: accept its licence at {endpoint}/{repo}, {}", gated(*has_token))]
     Gated { endpoint: String, repo: String, has_token: bool },
     #[error(

@@ -115,8 +115,14 @@ impl FakeHub {
             .route("/api/models/{owner}/{name}/revision/{revision}", get(describe))
             .route("/api/models/{owner}/{name}/tree/{revision}", get(list))
             .route("/{owner}/{name}/resolve/{revision}/{file}", get(resolve))
+            .route("/api/datasets/{owner}/{name}/revision/{revision}", get(describe_dataset))
+            .route("/api/datasets/{owner}/{name}/tree/{revision}", get(list_dataset))
+            .route("/datasets/{owner}/{name}/resolve/{revision}/{file}", get(resolve_dataset))
             .with_state(shared.clone());
-        let storage_router = Router::new().route("/storage/{owner}/{name}/{file}", get(storage)).with_state(shared.clone());
+        let storage_router = Router::new()
+            .route("/storage/{owner}/{name}/{file}", get(storage))
+            .route("/storage/datasets/{owner}/{name}/{file}", get(storage_of_dataset))
+            .with_state(shared.clone());
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("fake-hub".to_owned()).spawn(move || {
             runtime.block_on(async {
@@ -139,7 +145,7 @@ impl FakeHub {
         format!("http://{}", self.address)
     }
 
-    /// Adds a repository, or replaces it with a new commit.
+    /// Adds a repository, or replaces it with a new commit. That of a data set is `datasets/owner/name`.
     pub fn add<'a>(&self, repo: &str, access: Access, files: impl IntoIterator<Item = (&'a str, Vec<u8>)>) {
         let files: BTreeMap<String, Stored> = files.into_iter().map(|(name, bytes)| (name.to_owned(), Stored::new(name, bytes))).collect();
         let mut hash = Sha256::new();
@@ -233,7 +239,7 @@ async fn describe(
     headers: HeaderMap,
 ) -> Reply {
     let mut hub = shared.lock();
-    hub.note(&Method::GET, &format!("/api/models/{owner}/{name}/revision/{revision}"), &headers);
+    hub.note(&Method::GET, &format!("/api/{}/{name}/revision/{revision}", of_kind(&owner)), &headers);
     match hub.visible(&owner, &name, &revision, &headers) {
         Err(refusal) => refusal.into_response(),
         Ok(repo) => {
@@ -249,7 +255,7 @@ async fn list(
     headers: HeaderMap,
 ) -> Reply {
     let mut hub = shared.lock();
-    hub.note(&Method::GET, &format!("/api/models/{owner}/{name}/tree/{revision}"), &headers);
+    hub.note(&Method::GET, &format!("/api/{}/{name}/tree/{revision}", of_kind(&owner)), &headers);
     match hub.visible(&owner, &name, &revision, &headers) {
         Err(refusal) => refusal.into_response(),
         Ok(repo) => {
@@ -306,6 +312,39 @@ async fn resolve(
         hub.content(&file, &bytes, &headers)
     };
     with_headers(reply, &[("x-repo-commit", commit), ("etag", etag)])
+}
+
+type Hubs = State<Arc<Shared>>;
+
+async fn describe_dataset(shared: Hubs, Path((owner, name, revision)): Path<(String, String, String)>, headers: HeaderMap) -> Reply {
+    describe(shared, Path((dataset_owner(&owner), name, revision)), headers).await
+}
+
+async fn list_dataset(shared: Hubs, Path((owner, name, revision)): Path<(String, String, String)>, headers: HeaderMap) -> Reply {
+    list(shared, Path((dataset_owner(&owner), name, revision)), headers).await
+}
+
+async fn resolve_dataset(
+    shared: Hubs,
+    method: Method,
+    Path((owner, name, revision, file)): Path<(String, String, String, String)>,
+    headers: HeaderMap,
+) -> Reply {
+    resolve(shared, method, Path((dataset_owner(&owner), name, revision, file)), headers).await
+}
+
+async fn storage_of_dataset(shared: Hubs, Path((owner, name, file)): Path<(String, String, String)>, headers: HeaderMap) -> Reply {
+    storage(shared, Path((dataset_owner(&owner), name, file)), headers).await
+}
+
+/// Data sets are kept among the models, with an owner that no model can have.
+fn dataset_owner(owner: &str) -> String {
+    format!("datasets/{owner}")
+}
+
+/// An owner as the paths of the API have it, with the kind of the repository before it.
+fn of_kind(owner: &str) -> String {
+    if owner.starts_with("datasets/") { owner.to_owned() } else { format!("models/{owner}") }
 }
 
 async fn storage(

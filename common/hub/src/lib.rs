@@ -7,6 +7,7 @@
 
 mod cache;
 mod cached;
+mod dataset;
 mod description;
 mod download;
 mod error;
@@ -23,12 +24,13 @@ mod snapshot;
 mod store;
 
 pub use cached::{cached_models, damaged_blobs, remove_cached};
+pub use dataset::DatasetRepo;
 pub use description::{Description, Descriptions, WeightFile};
 pub use error::{HubError, HubErrorKind};
 pub use headers::{TensorHeader, TensorSlot, WeightFileError, read_header};
 pub use index::{IndexError, WEIGHT_INDEX_FILE, folder_weight_index, partial_weight_index};
 pub use json_file::{JsonFileError, read_config, read_json, read_json_if_present};
-pub use model_ref::{ModelRef, ModelRefError, RepoRef};
+pub use model_ref::{ModelRef, ModelRefError, RepoKind, RepoRef};
 pub use settings::{HubSettings, Token};
 pub use snapshot::Snapshot;
 pub use store::{Batch, BatchWriter, Contents, Damaged, Digest, Held, HeldModel, ModelStore, StoreLock, TensorRanges, held_models};

@@ -28,6 +28,40 @@ pub struct RepoRef {
     revision: Option<String>,
 }
 
+/// What a repository holds; it decides addresses and the place in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RepoKind {
+    Model,
+    Dataset,
+}
+
+impl RepoKind {
+    /// The start of the folder's name in the cache.
+    pub(crate) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+
+    /// The repository as the hub's addresses have it.
+    pub(crate) fn path(self, repo: &RepoRef) -> String {
+        match self {
+            Self::Model => repo.id(),
+            Self::Dataset => format!("datasets/{}", repo.id()),
+        }
+    }
+}
+
+impl fmt::Display for RepoKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "model",
+            Self::Dataset => "data set",
+        })
+    }
+}
+
 /// Why the argument of `--model` names no model.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ModelRefError {

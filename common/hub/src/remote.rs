@@ -7,11 +7,14 @@ use crate::{
     cache::RepoCache,
     error::HubError,
     index::is_plain_file_name,
-    model_ref::{RepoRef, is_commit},
+    model_ref::{RepoKind, RepoRef, is_commit},
     settings::HubSettings,
 };
 use futures_util::TryStreamExt;
-use hf_hub::{HFClient, HFError, repository::RepoTreeEntry};
+use hf_hub::{
+    HFClient, HFError, RepoTypeAny,
+    repository::{HFRepository, RepoTreeEntry},
+};
 use reqwest::{
     Client, Method, Request, Response, StatusCode, Url,
     header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER},
@@ -32,6 +35,7 @@ const MAX_LISTED_FILES: usize = 10_000;
 #[derive(Debug)]
 pub(crate) struct Remote {
     pub(crate) settings: HubSettings,
+    kind: RepoKind,
     pub(crate) repo: RepoRef,
     pub(crate) cache: RepoCache,
     hf: HFClient,
@@ -64,6 +68,10 @@ impl FileFacts {
 
 impl Remote {
     pub(crate) fn new(repo: &RepoRef, settings: &HubSettings) -> Result<Self, HubError> {
+        Self::of_kind(RepoKind::Model, repo, settings)
+    }
+
+    pub(crate) fn of_kind(kind: RepoKind, repo: &RepoRef, settings: &HubSettings) -> Result<Self, HubError> {
         let bad_endpoint = |cause: String| HubError::BadEndpoint { endpoint: settings.endpoint.clone(), cause };
         let client = |policy| {
             let builder = Client::builder().user_agent(USER_AGENT).connect_timeout(CONNECT_TIMEOUT).read_timeout(settings.stall_timeout);
@@ -83,20 +91,32 @@ impl Remote {
         }
         Ok(Self {
             settings: settings.clone(),
+            kind,
             repo: repo.clone(),
-            cache: RepoCache::new(&settings.cache_dir, repo),
+            cache: RepoCache::of_kind(kind, &settings.cache_dir, repo),
             hf: hf.build().map_err(|error| bad_endpoint(error.to_string()))?,
             following,
             not_following: client(Policy::none())?,
         })
     }
 
+    fn repository(&self) -> HFRepository<RepoTypeAny> {
+        let kind = match self.kind {
+            RepoKind::Model => RepoTypeAny::Model,
+            RepoKind::Dataset => RepoTypeAny::Dataset,
+        };
+        self.hf.repository(kind, self.repo.owner(), self.repo.name())
+    }
+
     /// The commit that the wanted revision has now.
     pub(crate) async fn resolve_commit(&self) -> Result<String, HubError> {
-        let model = self.hf.model(self.repo.owner(), self.repo.name());
-        let request = model.info().revision(self.repo.revision()).send();
-        let info = self.within_deadline("its description", request).await?;
-        let sha = info.sha.unwrap_or_default();
+        let (owner, name, revision) = (self.repo.owner(), self.repo.name(), self.repo.revision());
+        let what = "its description";
+        let sha = match self.kind {
+            RepoKind::Model => self.within_deadline(what, self.hf.model(owner, name).info().revision(revision).send()).await?.sha,
+            RepoKind::Dataset => self.within_deadline(what, self.hf.dataset(owner, name).info().revision(revision).send()).await?.sha,
+        };
+        let sha = sha.unwrap_or_default();
         if is_commit(&sha) {
             return Ok(sha);
         }
@@ -105,14 +125,19 @@ impl Remote {
 
     /// The files in the top folder at this commit; names that are not plain are left out.
     pub(crate) async fn list(&self, commit: &str) -> Result<Vec<RemoteFile>, HubError> {
-        let model = self.hf.model(self.repo.owner(), self.repo.name());
+        let mut files = self.tree(commit, false).await?;
+        files.retain(|file| is_plain_file_name(&file.name));
+        Ok(files)
+    }
+
+    /// The files at this commit, with their paths as names; `deep` for those in folders too.
+    pub(crate) async fn tree(&self, commit: &str, deep: bool) -> Result<Vec<RemoteFile>, HubError> {
+        let repo = self.repository();
         let listing = async {
-            let mut entries = pin!(model.list_tree().revision(commit).limit(MAX_LISTED_FILES).send()?);
+            let mut entries = pin!(repo.list_tree().revision(commit).recursive(deep).limit(MAX_LISTED_FILES).send()?);
             let mut files = Vec::new();
             while let Some(entry) = entries.try_next().await? {
-                if let RepoTreeEntry::File { path, size, lfs, xet_hash, .. } = entry
-                    && is_plain_file_name(&path)
-                {
+                if let RepoTreeEntry::File { path, size, lfs, xet_hash, .. } = entry {
                     files.push(RemoteFile { name: path, bytes: size, large: lfs.is_some() || xet_hash.is_some() });
                 }
             }
@@ -123,8 +148,8 @@ impl Remote {
 
     /// Fetches a file that lies in git itself, with hf-hub, into the cache.
     pub(crate) async fn fetch_small(&self, commit: &str, file: &RemoteFile) -> Result<(), HubError> {
-        let model = self.hf.model(self.repo.owner(), self.repo.name());
-        let request = model.download_file().filename(&file.name).revision(commit).send();
+        let repo = self.repository();
+        let request = repo.download_file().filename(&file.name).revision(commit).send();
         let path = self.within_deadline(&file.name, request).await?;
         let got_bytes = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
         if got_bytes == file.bytes {
@@ -218,13 +243,10 @@ impl Remote {
     fn file_url(&self, commit: &str, file: &str) -> Result<Url, HubError> {
         let bad = |cause: String| HubError::BadEndpoint { endpoint: self.settings.endpoint.clone(), cause };
         let mut url = Url::parse(&self.settings.endpoint).map_err(|error| bad(error.to_string()))?;
-        url.path_segments_mut().map_err(|()| bad("it is not an http address".to_owned()))?.pop_if_empty().extend([
-            self.repo.owner(),
-            self.repo.name(),
-            "resolve",
-            commit,
-            file,
-        ]);
+        url.path_segments_mut()
+            .map_err(|()| bad("it is not an http address".to_owned()))?
+            .pop_if_empty()
+            .extend(self.kind.path(&self.repo).split('/').chain(["resolve", commit, file]));
         Ok(url)
     }
 
@@ -275,7 +297,7 @@ impl Remote {
     }
 
     fn name_refusal(&self, refusal: &Refusal<'_>, what: &str, retry_after: Option<Duration>) -> HubError {
-        let (endpoint, repo) = (self.settings.endpoint.clone(), self.repo.id());
+        let (endpoint, kind, repo) = (self.settings.endpoint.clone(), self.kind, self.kind.path(&self.repo));
         let has_token = self.settings.token.is_some();
         let message = refusal.message.unwrap_or_default();
         match (refusal.status, refusal.code.unwrap_or_default()) {
@@ -284,7 +306,7 @@ impl Remote {
             (404, "RevisionNotFound") => HubError::RevisionNotFound { endpoint, repo, revision: self.repo.revision().to_owned() },
             (401, _) if has_token && message.starts_with("Invalid") => HubError::BadToken { endpoint },
             // Without a token the hub does not tell what is private from what does not exist.
-            (401 | 404, _) => HubError::RepoNotFound { endpoint, repo, has_token },
+            (401 | 404, _) => HubError::RepoNotFound { endpoint, kind, repo: self.repo.id(), has_token },
             (429, _) => HubError::RateLimited { endpoint, retry_after },
             (status @ (408 | 500..), _) => HubError::Unavailable { endpoint, status, what: what.to_owned() },
             (status, _) => {

@@ -42,6 +42,11 @@ impl TrainingRole {
         }
     }
 
+    /// Whether the update of one number depends on numbers that other ranks of a tensor-parallel group have. Factors are whole on every rank.
+    pub fn needs_whole_matrices(&self) -> bool {
+        self.fine_tune == FineTune::Full && matches!(self.optimizer, Optimizer::Adafactor(_) | Optimizer::Muon { .. })
+    }
+
     /// The first layer that has to be gone through on the way back; the number of layers where none has.
     pub fn first_trained_layer(&self, spec: &ModelSpec, map: &WeightMap) -> u32 {
         let is_trained = |part: Part| !self.trained(spec, map, part).is_empty();
@@ -58,12 +63,6 @@ pub fn trainable(spec: &ModelSpec, map: &WeightMap, role: &TrainingRole, layers:
     trained.map(|array| array.numbers()).fold(0, u64::saturating_add)
 }
 
-impl Optimizer {
-    /// Whether the step of one number of a matrix depends on the numbers of all others.
-    pub fn needs_whole_matrices(&self) -> bool {
-        matches!(self, Optimizer::Adafactor(_) | Optimizer::Muon { .. })
-    }
-}
 
 /// Every parameter but those of quantised modules, which stay as they are (as mlx.nn's quantised layers do when a model is unfrozen).
 fn whole(map: &WeightMap, part: Part) -> Vec<Trained> {

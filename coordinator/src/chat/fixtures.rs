@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::tokenizer::{ChatTokenizer, TokenizerError};
 
 /// A byte-level BPE tokenizer in the manner of GPT-2: ids 0..256 are the bytes in the order of their characters.
-pub(super) fn byte_level() -> Value {
+pub(crate) fn byte_level() -> Value {
     let alphabet = (0x21..=0x7e).chain(0xa1..=0xac).chain(0xae..=0xff).chain(0x100..=0x143).filter_map(char::from_u32);
     let mut tokens: Vec<String> = alphabet.map(String::from).collect();
     assert_eq!(tokens.len(), 256);

@@ -3,7 +3,7 @@
 
 pub mod detokenize;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 pub mod output;
 pub mod reasoning;
 pub mod stop;

@@ -182,13 +182,24 @@ impl ChatTokenizer {
     /// # Errors
     /// [`TokenizerError::Failed`].
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = caught(|| self.tokenizer.encode_fast(text, add_special_tokens)).map_err(failed)?;
-        let ids = encoding.get_ids();
-        let doubled = match (self.bos, ids) {
+        let mut ids = self.encode_verbatim(text, add_special_tokens)?;
+        let doubled = match (self.bos, ids.as_slice()) {
             (Some(bos), [first, second, ..]) => add_special_tokens && *first == bos && *second == bos,
             _ => false,
         };
-        Ok(if doubled { ids.iter().skip(1).copied().collect() } else { ids.to_vec() })
+        if doubled {
+            ids.remove(0);
+        }
+        Ok(ids)
+    }
+
+    /// As [`encode`](Self::encode), but BOS is put also before a text that starts with it, as Hugging Face's `encode` does.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Failed`].
+    pub fn encode_verbatim(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = caught(|| self.tokenizer.encode_fast(text, add_special_tokens)).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids`; ids that the vocabulary does not have are left out.

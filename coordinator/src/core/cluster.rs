@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 #[derive(Debug, PartialEq)]
 pub(super) enum Course {
     Running,
-    /// Takes no new requests, and waits for those that run.
+    /// Takes no new requests, and waits for those that run, and for jobs to save what they have.
     Draining {
         until: Now,
     },
@@ -135,7 +135,7 @@ impl Cluster {
             }
             Event::Start { instance, kind, settings } => self.start(instance, kind, settings, now, effects),
             Event::Stop { instance } => self.stop_instance(instance, now, effects),
-            Event::Drain { limit } => self.drain(limit, now),
+            Event::Drain { limit } => self.drain(limit, now, effects),
         }
         self.changes += 1;
     }
@@ -200,7 +200,8 @@ impl Cluster {
         match &self.course {
             Course::Running | Course::Stopped => false,
             Course::Draining { until } => {
-                let over = now >= *until || self.instances.values().all(|instance| instance.requests.is_empty());
+                let is_idle = |instance: &Instance| instance.requests.is_empty() && !instance.is_training();
+                let over = now >= *until || self.instances.values().all(is_idle);
                 if over {
                     self.stop(None, now, effects);
                 }
@@ -260,12 +261,14 @@ impl Cluster {
         self.with(id, now, effects, |instance, context| instance.stop(None, &told, context));
     }
 
-    fn drain(&mut self, limit: Duration, now: Now) {
+    fn drain(&mut self, limit: Duration, now: Now, effects: &mut Vec<Effect>) {
         match &mut self.course {
-            Course::Stopping { .. } | Course::Stopped => {}
+            Course::Stopping { .. } | Course::Stopped => return,
             Course::Draining { until } => *until = (*until).min(now + limit),
             Course::Running => self.course = Course::Draining { until: now + limit },
         }
+        let jobs = self.instances.values().filter(|instance| instance.is_training());
+        effects.extend(jobs.map(|job| Effect::TrainingDrain { instance: job.id, within: limit }));
     }
 
     /// Stops all engines, then ends.

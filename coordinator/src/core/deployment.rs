@@ -13,6 +13,7 @@ use mlx_cluster_common::{
     ids::{EngineId, Epoch, NodeId},
     plan::{Plan, Rank},
     tensor::TensorPlace,
+    training::TrainingRole,
 };
 use std::{collections::BTreeMap, time::Duration};
 
@@ -66,6 +67,7 @@ impl Deployment {
     pub(super) fn new(plan: Plan, kind: &Kind, settings: &InstanceSettings, run: &str) -> Self {
         let model = kind.model();
         let n_stages = plan.stages.len() as u32;
+        let parallel = plan.training.as_ref().map(|training| training.parallel);
         let mut engines = Vec::new();
         for (number, stage) in (0..).zip(&plan.stages) {
             for (rank, of) in (0..).zip(&stage.ranks) {
@@ -85,7 +87,7 @@ impl Deployment {
                     reservation: plan.reservation,
                     sequences: plan.sequences,
                     weight_peers: Vec::new(),
-                    training: kind.role().cloned(),
+                    training: kind.role().map(|role| TrainingRole { parallel: parallel.unwrap_or(role.parallel), ..role.clone() }),
                 });
             }
         }

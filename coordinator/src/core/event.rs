@@ -11,6 +11,7 @@ use mlx_cluster_common::{
     links::LinkFacts,
     plan::Plan,
     request::{Delivery, SessionCommand},
+    units::Bytes,
 };
 use std::time::Duration;
 
@@ -136,6 +137,11 @@ pub enum Effect {
         epoch: Epoch,
         cause: String,
     },
+    /// The coordinator stops: a job that has something to keep saves it and asks to be stopped, which is done anyway after this time.
+    TrainingDrain {
+        instance: InstanceId,
+        within: Duration,
+    },
     /// Its engines are gone, and its number is free; the last effect about it.
     InstanceEnded {
         instance: InstanceId,
@@ -169,6 +175,8 @@ pub enum ClusterFailure {
     NoWorkers { cluster: String, found: usize, wanted: usize, waited: Duration },
     #[error(transparent)]
     DoesNotFit(#[from] WhyNot),
+    #[error("{why}; {taken} of their memory is taken by {by}: wait until that is over, or end it")]
+    DoesNotFitBeside { why: WhyNot, taken: Bytes, by: String },
     #[error("worker {worker}: {cause}{}", last_lines(output))]
     Engine { worker: String, cause: String, output: Vec<String> },
     #[error(

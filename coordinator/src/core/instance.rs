@@ -6,7 +6,6 @@ use super::{
     event::{ClusterFailure, Effect},
     life_cycle::{ATTRIBUTION, GROUP_ATTRIBUTION, LOAD_STALL},
     members::Members,
-    placement::WhyNot,
     requests::Requests,
     settings::{InstanceSettings, Kind, Settings},
 };
@@ -114,6 +113,7 @@ pub(super) struct Context<'a> {
     pub(super) now: Now,
     pub(super) settings: &'a Settings,
     pub(super) members: &'a Members,
+    /// All instances but this one.
     pub(super) others: &'a BTreeMap<InstanceId, Instance>,
     pub(super) counters: &'a mut Counters,
     pub(super) situation: Situation,
@@ -142,8 +142,8 @@ pub(super) struct Instance {
     pub(super) is_first_start: bool,
     /// Why it is not ready any more.
     pub(super) cause: Option<String>,
-    /// The last refusal of the planner, and what it is about.
-    pub(super) refusal: Option<(Situation, WhyNot)>,
+    /// Why there is no plan, and what that is about.
+    pub(super) refusal: Option<(Situation, ClusterFailure)>,
 }
 
 impl Instance {
@@ -194,6 +194,11 @@ impl Instance {
 
     pub(super) fn deployment_to_run(&self) -> Option<&Deployment> {
         self.deployment.as_ref().filter(|_| !matches!(self.phase, Phase::Stopping { .. } | Phase::Ended { .. }))
+    }
+
+    /// For messages.
+    pub(super) fn name(&self) -> String {
+        if self.id == InstanceId::SERVED { "the served model".into() } else { format!("job {}", self.id) }
     }
 
     /// What its engine may use of this worker's memory.

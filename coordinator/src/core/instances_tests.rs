@@ -3,7 +3,7 @@
 use super::{
     event::{ClusterFailure, Event},
     settings::{InstanceSettings, Kind},
-    world::{Start, World, facts, ms, start, training},
+    world::{Start, World, facts, ms, needed, start, training},
 };
 use crate::serving::{InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
@@ -163,12 +163,6 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
     assert_eq!(world.jobs[&JOB].engines.iter().map(|engine| engine.name.as_str()).collect::<Vec<_>>(), ["w0"]);
 }
 
-/// What one worker needs to hold all of the model.
-fn needed() -> u64 {
-    let world = World::ready(1, Strategy::Auto, 9);
-    world.plans[0].stages[0].ranks[0].needed().0
-}
-
 #[test]
 fn memory_is_promised_once() {
     let mut world = idle_with(1, needed() * 3 / 2);
@@ -183,7 +177,9 @@ fn memory_is_promised_once() {
     assert_eq!(job_state(&world, third), InstanceState::WaitingForWorkers { found: 1, wanted: 1 });
     world.run(ms(6000));
     let failure = world.jobs[&third].ended.clone().flatten().expect("a failure");
-    assert!(matches!(&failure, ClusterFailure::DoesNotFit(_)), "{failure}");
+    assert!(matches!(&failure, ClusterFailure::DoesNotFitBeside { .. }), "{failure}");
+    let words = ["the model does not fit: it needs", "w0 has", "of their memory is taken by job 1 and job 2: wait"];
+    assert!(words.iter().all(|words| failure.to_string().contains(words)), "{failure}");
     assert!(world.jobs[&JOB].ready.is_some() && world.jobs[&second].ready.is_some() && world.ended.is_none());
 }
 
@@ -241,7 +237,18 @@ fn the_coordinator_ends_all_of_them() {
     world.tell(Event::Drain { limit: ms(5000) });
     world.start_job(2, Strategy::Auto, training(Parallel::Data));
     assert_eq!(world.jobs[&InstanceId(2)].ended, Some(Some(ClusterFailure::Stopping)));
-    world.run(ms(5000));
+    world.run(ms(3000));
     assert_eq!(world.ends_of(request), [&RequestEvent::Finished(FinishReason::Length)]);
+    assert_eq!((&world.jobs[&JOB].ended, world.ended), (&Some(None), Some(None)));
+}
+
+#[test]
+fn a_job_may_save_before_the_coordinator_ends_but_not_for_ever() {
+    let mut world = both(1, 13);
+    world.saves = false;
+    world.tell(Event::Drain { limit: ms(5000) });
+    world.run(ms(4900));
+    assert_eq!((world.jobs[&JOB].drains, job_state(&world, JOB), world.jobs[&JOB].ready.is_some()), (1, InstanceState::Ready, true));
+    world.run(ms(1000));
     assert_eq!((&world.jobs[&JOB].ended, world.ended), (&Some(None), Some(None)));
 }

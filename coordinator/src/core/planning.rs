@@ -6,12 +6,13 @@ use super::{
     event::{ClusterFailure, Effect},
     instance::{Context, Instance, Phase},
     members::Members,
-    placement::{self, PlanOptions, WhyNot},
-    settings::Settings,
+    placement::{self, PlanOptions, TrainingOptions, WhyNot},
+    settings::{Kind, Settings, TrainingFacts, TrainingWork},
 };
 use mlx_cluster_common::{
     engine::NodeFacts,
     plan::{Plan, Strategy},
+    training::TrainStrategy,
     units::Bytes,
 };
 use std::time::Duration;
@@ -48,7 +49,7 @@ impl Instance {
         {
             let given_up = self.is_first_start && context.now >= self.grace(context.members);
             let why = why.clone();
-            return given_up && self.give_up(why.into(), context);
+            return given_up && self.give_up(why, context);
         }
         match self.plan(context) {
             Ok(plan) => {
@@ -69,7 +70,11 @@ impl Instance {
 
     fn plan(&self, context: &Context<'_>) -> Result<Plan, WhyNot> {
         let model = self.kind.model();
-        let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_for(self, &member.facts, context)).collect();
+        let nodes: Vec<NodeFacts> = context.members.connected().map(|member| left_of(&member.facts, context)).collect();
+        if let Kind::Training(facts) = &self.kind {
+            let options = self.training_options(facts, context.settings);
+            return placement::plan_training(&model.spec, &model.weights, &nodes, &context.members.links(), &options);
+        }
         let options = self.plan_options(context.settings);
         placement::plan_again(&model.reckoned, &model.spec, &model.weights, &nodes, &context.members.links(), &options)
     }
@@ -84,7 +89,23 @@ impl Instance {
         if self.is_first_start && why.is_usage() {
             return self.give_up(why.into(), context);
         }
-        self.refusal = Some((context.situation, why));
+        let others = context.others.values();
+        let nodes = || context.members.connected().map(|member| &member.facts.id);
+        let taken = |other: &Instance| nodes().map(|node| other.reserved(node).0).sum::<u64>();
+        let takers: Vec<_> = others.map(|other| (other.name(), taken(other))).filter(|(_, taken)| *taken > 0).collect();
+        let failure = match why {
+            WhyNot::DoesNotFit { .. }
+            | WhyNot::ShareDoesNotFit { .. }
+            | WhyNot::TrainingDoesNotFit { .. }
+            | WhyNot::TrainingShareDoesNotFit { .. }
+                if !takers.is_empty() => ClusterFailure::DoesNotFitBeside {
+                why,
+                taken: Bytes(takers.iter().map(|(_, taken)| taken).sum()),
+                by: takers.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" and "),
+            },
+            why => why.into(),
+        };
+        self.refusal = Some((context.situation, failure));
         true
     }
 
@@ -103,6 +124,22 @@ impl Instance {
             context_tokens: own.context_tokens,
             caches: own.caches,
             min_workers,
+        }
+    }
+
+    fn training_options(&self, facts: &TrainingFacts, settings: &Settings) -> TrainingOptions {
+        let TrainingWork { strategy, batch_size, max_seq_length, tokens_per_row_max, accumulation } = facts.work.clone();
+        let min_workers = if strategy == TrainStrategy::Auto { 1 } else { self.wanted_workers(settings) };
+        TrainingOptions {
+            model: facts.model.name.clone(),
+            role: facts.role.clone(),
+            strategy,
+            batch_size,
+            max_seq_length,
+            tokens_per_row_max,
+            accumulation,
+            min_workers,
+            split: self.settings.split.clone(),
         }
     }
 
@@ -129,8 +166,7 @@ impl Instance {
 }
 
 /// A node as the planner shall see it: with the memory that the engines of other instances do not take.
-fn left_for(instance: &Instance, node: &NodeFacts, context: &Context<'_>) -> NodeFacts {
-    let others = context.others.values().filter(|other| other.id != instance.id);
-    let reserved: u64 = others.map(|other| other.reserved(&node.id).0).sum();
+fn left_of(node: &NodeFacts, context: &Context<'_>) -> NodeFacts {
+    let reserved: u64 = context.others.values().map(|other| other.reserved(&node.id).0).sum();
     NodeFacts { usable_memory: Bytes(node.usable_memory.0.saturating_sub(reserved)), ..node.clone() }
 }

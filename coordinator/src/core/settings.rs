@@ -6,7 +6,7 @@ use mlx_cluster_common::{
     engine::ModelSource,
     plan::{Collective, Optimize, Strategy, ToldStage},
     spec::ModelSpec,
-    training::TrainingRole,
+    training::{TrainStrategy, TrainingRole},
     weights::WeightMap,
 };
 use std::{sync::Arc, time::Duration};
@@ -27,7 +27,23 @@ pub struct ModelFacts {
 #[derive(Debug)]
 pub struct TrainingFacts {
     pub model: Arc<ModelFacts>,
+    /// Its `parallel` is the plan's to say.
     pub role: TrainingRole,
+    pub work: TrainingWork,
+}
+
+/// What a job has its engines do, as far as the planner minds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainingWork {
+    pub strategy: TrainStrategy,
+    /// Rows of a batch, over all replicas.
+    pub batch_size: u32,
+    /// Rows are cut to this.
+    pub max_seq_length: u32,
+    /// The longest row that the data has.
+    pub tokens_per_row_max: Option<u32>,
+    /// Batches for each update.
+    pub accumulation: u32,
 }
 
 /// What the engines of an instance are for.

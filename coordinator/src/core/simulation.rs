@@ -3,7 +3,7 @@
 use super::{
     event::Event,
     settings::InstanceSettings,
-    world::{Start, World, ms, start, training},
+    world::{Start, World, ms, needed, start, training},
 };
 use crate::serving::InstanceState;
 use mlx_cluster_common::{
@@ -99,7 +99,13 @@ fn simulate_two(seed: u64) {
         2 => (Strategy::Tensor, Strategy::Auto),
         _ => (Strategy::Pipeline, Strategy::Pipeline),
     };
-    let mut world = World::ready(workers as usize, served, seed);
+    let mut world = World::new(start(workers as usize, served), seed);
+    if seed % 5 < 3 {
+        // Enough for two engines, not for three.
+        world.usable = needed() * 3 / 2;
+    }
+    (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
+    world.run(ms(10_000));
     let mut jobs = vec![world.start_job(1, trained, training(Parallel::Data))];
     world.run(ms(5000));
     assert!(world.jobs[&jobs[0]].ready.is_some());

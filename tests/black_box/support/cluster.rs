@@ -39,6 +39,11 @@ impl Setup {
         Self { model, n_workers, coordinator_args: Vec::new(), worker_args: Vec::new(), environment: Vec::new(), own_homes: false }
     }
 
+    /// Its coordinator starts without a model.
+    pub(crate) fn without_model(n_workers: usize) -> Self {
+        Self { model: None, ..Self::new("", n_workers) }
+    }
+
     pub(crate) fn coordinator_args(mut self, args: &[&str]) -> Self {
         self.coordinator_args = args.iter().map(|arg| (*arg).to_owned()).collect();
         self

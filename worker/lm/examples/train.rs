@@ -85,6 +85,7 @@ fn run(mut stages: Vec<TrainedStage>, request: &Request, layout: Vec<u32>, numbe
             losses.push(loss);
         }
         for stage in &mut stages {
+            stage.reduce()?;
             stage.update(batches.len() as u32)?;
         }
     }

@@ -129,7 +129,7 @@ impl Lead {
                 self.hops.forget();
                 self.shard.clear();
                 self.scheduler.reset(epoch);
-                self.ranks.join(join, &mut self.shard);
+                self.ranks.join(join, || self.shard.warm_up());
             }
             Command::Open { epoch, deliveries } if epoch == self.epoch => {
                 self.scheduler.cancel_all();

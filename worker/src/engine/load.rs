@@ -29,24 +29,39 @@ pub(super) struct Loaded {
     pub(super) part_multiple: u32,
 }
 
+/// What the model consists of, as far as this node has it.
+pub(super) struct Opened {
+    pub(super) spec: ModelSpec,
+    pub(super) index: WeightIndex,
+    pub(super) map: WeightMap,
+}
+
+impl Opened {
+    /// An error is a sentence; trying again would not help.
+    pub(super) fn open(boot: &Boot) -> Result<Self, String> {
+        let folder = &boot.folder;
+        let text = std::fs::read(folder.join("config.json"))
+            .map_err(|error| format!("cannot read config.json in {}: {error}", folder.display()))?;
+        let config = parse_json(&text).map_err(|error| format!("config.json in {} is not JSON: {error}", folder.display()))?;
+        let spec = read_spec(&config).map_err(|error| error.to_string())?;
+        let (index, map) = read_weight_map(boot, &spec, &text)?;
+        Ok(Self { spec, index, map })
+    }
+}
+
 /// Reads, checks and builds. `progress` is told bytes done and bytes in all. An error is a sentence; trying again would not help.
 pub(super) fn load(boot: &Boot, mut progress: impl FnMut(u64, u64)) -> Result<Loaded, String> {
     if let Some(missing) = ranks::missing(&boot.spec) {
         return Err(missing);
     }
-    let folder = &boot.folder;
-    let text =
-        std::fs::read(folder.join("config.json")).map_err(|error| format!("cannot read config.json in {}: {error}", folder.display()))?;
-    let config = parse_json(&text).map_err(|error| format!("config.json in {} is not JSON: {error}", folder.display()))?;
-    let spec = read_spec(&config).map_err(|error| error.to_string())?;
-    let (index, map) = read_weight_map(boot, &spec, &text)?;
+    let Opened { spec, index, map } = Opened::open(boot)?;
     let parts = spec.parts_of(boot.spec.layers.clone());
     let place = &boot.spec.place;
     check_cover(&spec, &map, &parts, &place.shares).map_err(|error| error.to_string())?;
     let rank = rank_model(&spec, &map, place).map_err(|error| error.to_string())?;
     let total = rank.weights.bytes(&parts);
     let mut last = Instant::now();
-    let weights = Weights::load(folder, &index, &rank.weights, &parts, |done| {
+    let weights = Weights::load(&boot.folder, &index, &rank.weights, &parts, |done| {
         if last.elapsed() >= PROGRESS_INTERVAL || done == total {
             last = Instant::now();
             progress(done, total);

@@ -17,6 +17,7 @@ mod run;
 mod scheduler;
 mod service;
 mod tensors;
+mod training;
 mod watchdog;
 
 pub use run::{probe, run};

@@ -7,9 +7,8 @@ use mlx_cluster_common::{
     plan::Collective,
 };
 use mlx_cluster_lm::{
-    ffi,
+    LmError, ffi,
     group::{Group, HOSTFILE_VARIABLE},
-    shard::Shard,
 };
 use std::{
     net::{IpAddr, SocketAddr},
@@ -87,12 +86,11 @@ impl Ranks {
         Self { group, collective, formed: None, seat, watchdog }
     }
 
-    /// Forms the group and warms the shard up together with the other ranks, or finds that it stands already. Ends the process when
-    /// neither is possible.
-    pub(super) fn join(&mut self, join: Option<Join>, shard: &mut Shard) {
+    /// Forms the group and warms up together with the other ranks, or finds that it stands already. Ends the process when neither is possible.
+    pub(super) fn join(&mut self, join: Option<Join>, warm_up: impl FnOnce() -> Result<(), LmError>) {
         let Some(Join { link, joined }) = join else { return };
         let result = match &self.formed {
-            None => self.form(&link, shard),
+            None => self.form(&link, warm_up),
             Some(formed) if *formed == link.incarnations => Ok(()),
             Some(_) => Err("a process can be in one group in its life, and other ranks of its group were started again".to_owned()),
         };
@@ -104,7 +102,7 @@ impl Ranks {
         }
     }
 
-    fn form(&mut self, link: &GroupLink, shard: &mut Shard) -> Result<(), String> {
+    fn form(&mut self, link: &GroupLink, warm_up: impl FnOnce() -> Result<(), LmError>) -> Result<(), String> {
         let group = self.group.as_ref().ok_or("an engine that is alone has no group to join")?;
         let work = self.watchdog.begin("forming the group", FORMING);
         if group.rank() as usize + 1 == group.size() {
@@ -119,7 +117,7 @@ impl Ranks {
         formed.map_err(|error| format!("{error}, with {}", listed(link)))?;
         drop(work);
         let _work = self.watchdog.begin("warming up", WARM_UP);
-        shard.warm_up().map_err(|error| format!("cannot warm up: {error}"))?;
+        warm_up().map_err(|error| format!("cannot warm up: {error}"))?;
         give_kernels();
         self.formed = Some(link.incarnations.clone());
         Ok(())

@@ -54,7 +54,7 @@ impl Relay {
                     (self.epoch, self.next_number) = (epoch, 1);
                     (self.output, self.others) = (output, ranks);
                     self.shard.clear();
-                    self.ranks.join(join, &mut self.shard);
+                    self.ranks.join(join, || self.shard.warm_up());
                 }
                 Command::Step(frame) if Epoch(frame.epoch) == self.epoch => {
                     let taken = self.take(*frame);

@@ -9,18 +9,24 @@ use super::{
     relay::{Fault, Relay},
     scheduler::Limits,
     service::Service,
+    training,
     watchdog::{End, Watchdog},
 };
 use mlx_cluster_lm::{ffi, probe as measure};
 use mlx_cluster_proto::{net, wire::engine_server::EngineServer};
 use std::{
     io::{self, BufRead, Read, Write},
+    net::SocketAddr,
     process::ExitCode,
     sync::Arc,
     thread,
     time::Duration,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
+use tonic::transport::{Server, server::Router};
 
 /// Longest line that tells an engine what to be.
 const BOOT_LINE_BYTES_MAX: u64 = 1 << 20;
@@ -37,6 +43,12 @@ pub fn run() -> ExitCode {
         Err(cause) => return fail(cause, 2),
     };
     end_with_stdin();
+    if let Some(role) = boot.spec.training.clone() {
+        return match training::run(boot, role) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err((cause, code)) => fail(cause, code),
+        };
+    }
     let report = |done_bytes, total_bytes| say(&BootLine::Loading { done_bytes, total_bytes });
     let loaded = match load(&boot, report) {
         Ok(loaded) => loaded,
@@ -81,7 +93,7 @@ fn fail(cause: String, code: u8) -> ExitCode {
 }
 
 /// Ends the process of a rank whose group is lost. What runs at an orderly end may wait for the thread that hangs.
-fn end_lost(end: End) {
+pub(super) fn end_lost(end: End) {
     eprintln!("{}", end.cause);
     say(&end.into());
     thread::spawn(|| {
@@ -91,7 +103,7 @@ fn end_lost(end: End) {
     std::process::exit(5);
 }
 
-fn say(line: &BootLine) {
+pub(super) fn say(line: &BootLine) {
     let text = serde_json::to_string(line).unwrap_or_default();
     // A worker that does not listen any more is gone, and then so are we.
     drop(writeln!(io::stdout().lock(), "{text}"));
@@ -107,26 +119,34 @@ fn serve(boot: Boot, loaded: Loaded) -> Result<(), String> {
     let is_alone = spec.place.is_alone();
     let watchdog = if is_alone { Watchdog::idle() } else { Watchdog::start(spec.place.rank, end_lost) };
     let service = Service::new(commands, spec.clone(), watchdog.clone(), pulse_receiver, fault_receiver, boot.node_name.clone());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let runtime = runtime.map_err(|error| format!("cannot start the network runtime: {error}"))?;
-    let listener = runtime.block_on(net::listen(boot.listen)).map_err(|error| format!("cannot listen on {}: {error}", boot.listen))?;
-    let port = listener.local_addr().map_err(|error| error.to_string())?.port();
     let seat = (!is_alone).then(|| Seat::take(boot.listen.ip())).transpose();
     let seat = seat.map_err(|error| format!("cannot keep a port of {} for the group: {error}", boot.listen.ip()))?;
-    runtime.spawn(async move {
-        let server =
-            EngineServer::new(service).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
-        let served = net::server().add_service(server).serve_with_incoming(net::incoming(listener)).await;
-        eprintln!("the engine's server ended: {served:?}");
-        std::process::exit(4);
-    });
-    say(&BootLine::Ready { port, group_port: seat.as_ref().map_or(0, |seat| seat.port) });
+    let server =
+        EngineServer::new(service).max_decoding_message_size(net::MESSAGE_BYTES_MAX).max_encoding_message_size(net::MESSAGE_BYTES_MAX);
+    let group_port = seat.as_ref().map_or(0, |seat| seat.port);
+    let _runtime = listen_and_serve(boot.listen, group_port, |mut builder| builder.add_service(server))?;
     let ranks = Ranks::new(group, spec.collective, seat, watchdog);
     match spec.is_lead() {
         true => Lead::new(shard, ranks, limits(&boot, part_multiple), receiver, Arc::new(pulse), boot.node_name).run(),
         false => Relay::new(shard, ranks, spec, receiver, faults, boot.node_name).run(),
     }
     Ok(())
+}
+
+/// Serves from a small runtime that lives as long as what is given back, and says to the worker where. The process ends with the server.
+pub(super) fn listen_and_serve(listen: SocketAddr, group_port: u16, add: impl FnOnce(Server) -> Router) -> Result<Runtime, String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start the network runtime: {error}"))?;
+    let listener = runtime.block_on(net::listen(listen)).map_err(|error| format!("cannot listen on {listen}: {error}"))?;
+    let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+    let router = add(net::server());
+    runtime.spawn(async move {
+        let served = router.serve_with_incoming(net::incoming(listener)).await;
+        eprintln!("the engine's server ended: {served:?}");
+        std::process::exit(4);
+    });
+    say(&BootLine::Ready { port, group_port });
+    Ok(runtime)
 }
 
 fn limits(boot: &Boot, part_multiple: u32) -> Limits {

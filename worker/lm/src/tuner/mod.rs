@@ -8,3 +8,14 @@ pub mod random;
 pub mod stage;
 
 pub use load::Source;
+
+use crate::error::LmError;
+use mlx_rs::memory;
+
+/// Frees MLX's spare buffers when they hold more than `threshold` bytes; gives the most bytes that were in use so far.
+pub fn tidy(threshold: u64) -> Result<u64, LmError> {
+    if memory::cache_memory()? as u64 > threshold {
+        memory::clear_cache()?;
+    }
+    Ok(memory::peak_memory()? as u64)
+}

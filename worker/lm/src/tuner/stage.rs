@@ -75,6 +75,19 @@ pub enum Passed {
 /// A micro-batch that went forward and has to go backward.
 pub struct Pending(Inner);
 
+impl Pending {
+    /// Whether [`TrainedStage::backward`] needs what the next stage gives back.
+    pub fn wants_gradients(&self) -> bool {
+        !matches!(self.0, Inner::Nothing)
+    }
+}
+
+/// By name.
+pub struct Saved {
+    pub parameters: BTreeMap<String, Array>,
+    pub optimizer: BTreeMap<String, Array>,
+}
+
 enum Inner {
     /// Nothing here or before is trained.
     Nothing,
@@ -204,30 +217,50 @@ impl TrainedStage {
         })
     }
 
-    /// One update from the gradients of `accumulated` batches.
-    pub fn update(&mut self, accumulated: u32) -> Result<(), LmError> {
+    /// Adds the gradients up over the group, whose ranks all have to do so; nothing where there is none.
+    pub fn reduce(&mut self) -> Result<(), LmError> {
+        let Some(group) = self.training.group.clone() else { return Ok(()) };
         in_order(|| {
             let mut gradients = BTreeMap::new();
             for (name, parameter) in &self.parameters {
+                // A replica may have had no rows.
                 let gradient = match self.gradients.remove(name) {
                     Some(gradient) => gradient,
                     None => ops::zeros_dtype(parameter.shape(), parameter.dtype())?,
                 };
                 gradients.insert(name.clone(), gradient);
             }
-            self.gradients.clear();
-            if let Some(group) = &self.training.group {
-                gradients = summed(group, gradients)?;
-            }
-            if accumulated > 1 {
-                for gradient in gradients.values_mut() {
-                    *gradient = ops::divide(&*gradient, Array::from_f32(accumulated as f32).as_dtype(gradient.dtype())?)?;
-                }
-            }
-            self.parameters = self.updates.apply(&self.parameters, &gradients)?;
-            transforms::eval(self.parameters.values().chain(self.updates.arrays()))?;
-            Ok(())
+            self.gradients = summed(&group, gradients)?;
+            Ok(transforms::eval(self.gradients.values())?)
         })
+    }
+
+    /// One update from the gradients of `accumulated` batches, which the group has added up.
+    pub fn update(&mut self, accumulated: u32) -> Result<(), LmError> {
+        let mut gradients = std::mem::take(&mut self.gradients);
+        for (name, parameter) in &self.parameters {
+            if !gradients.contains_key(name) {
+                gradients.insert(name.clone(), ops::zeros_dtype(parameter.shape(), parameter.dtype())?);
+            }
+        }
+        if accumulated > 1 {
+            for gradient in gradients.values_mut() {
+                *gradient = ops::divide(&*gradient, Array::from_f32(accumulated as f32).as_dtype(gradient.dtype())?)?;
+            }
+        }
+        self.parameters = self.updates.apply(&self.parameters, &gradients)?;
+        Ok(transforms::eval(self.parameters.values().chain(self.updates.arrays()))?)
+    }
+
+    /// What is trained, and on request what the optimizer remembers, as a checkpoint holds them.
+    pub fn saved(&self, has_optimizer: bool) -> Result<Saved, LmError> {
+        let optimizer = if has_optimizer { self.updates.save() } else { BTreeMap::new() };
+        Ok(Saved { parameters: self.parameters.clone(), optimizer })
+    }
+
+    /// Drops what an unfinished batch left.
+    pub fn forget_gradients(&mut self) {
+        self.gradients.clear();
     }
 
     fn trained(&self, index: usize) -> Vec<Array> {

@@ -66,7 +66,7 @@ impl TrainingOptions {
         if stages > spec.n_layers() as usize {
             return Err(WhyNot::TooFewLayers { layers: spec.n_layers(), stages });
         }
-        if *strategy == TrainStrategy::Tensor && least > 1 && self.role.optimizer.needs_whole_matrices() {
+        if *strategy == TrainStrategy::Tensor && least > 1 && self.role.needs_whole_matrices() {
             return Err(WhyNot::WholeMatrices { optimizer: self.role.optimizer.name() });
         }
         if trainable(spec, map, &self.role, 0..spec.n_layers()) == 0 {
@@ -199,7 +199,7 @@ impl Planner<'_> {
     }
 
     fn tensor(&mut self) -> Result<Option<Trial>, WhyNot> {
-        let needs_whole = self.options().role.optimizer.needs_whole_matrices();
+        let needs_whole = self.options().role.needs_whole_matrices();
         for n in (self.min_workers()..=self.nodes().len()).rev().filter(|n| *n == 1 || !needs_whole) {
             if let Some(trial) = self.group(&prefix(n))? {
                 return Ok(Some(trial));

@@ -231,6 +231,7 @@ fn optimizers_of_whole_matrices_keep_matrices_whole() {
     let nodes = [mac("a", 8, 100.0, 4.0), mac("b", 8, 100.0, 4.0)];
     let with = |strategy, min_workers| {
         let mut options = TrainingOptions { min_workers, ..options(strategy) };
+        options.role.fine_tune = FineTune::Full;
         options.role.optimizer = Optimizer::Muon { momentum: 0.95, weight_decay: 0.0, nesterov: true, ns_steps: 5 };
         plan_training(&spec, &map, &nodes, &[], &options)
     };

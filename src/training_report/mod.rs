@@ -1,0 +1,6 @@
+//! What became of a training run, from its `metrics.jsonl`.
+
+mod metrics;
+mod svg;
+
+pub(crate) use metrics::Metrics;
