@@ -41,6 +41,8 @@ step 'every cache' "$python" tests/parity/architectures/caches.py
 step 'every quantisation' "$python" tests/parity/architectures/run.py --only =qwen3_moe --schemes affine2,affine3,affine5,affine6,affine8,mxfp4,nvfp4,mxfp8
 step 'optimizers and losses' "$python" tests/parity/training/optimizers.py
 step 'parity with mlx-lm' "$python" tests/parity/parity.py
+step 'fused models' "$python" tests/parity/training/fuse.py
+step 'evaluation' "$python" tests/parity/training/evaluate.py
 step 'sameness' "$python" tests/parity/sameness.py
 step 'openai client' "$python" tests/clients/openai_client.py
 

@@ -62,6 +62,16 @@ impl Client {
         response.error_for_status()?.json().await.with_context(|| format!("{} does not answer like a coordinator", self.url))
     }
 
+    /// Posts a request whose answer comes whole.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let request = self.http.post(format!("{}/{path}", self.url)).json(body);
+        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        if !response.status().is_success() {
+            return Err(refusal(response).await.into());
+        }
+        response.json().await.with_context(|| format!("the answer from {} broke off", self.url))
+    }
+
     /// Asks, and hands each piece of the answer to `each` as it comes.
     pub(crate) async fn ask(
         &self,

@@ -18,7 +18,8 @@ pub(crate) const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 /// The flags by which a tool finds its cluster.
 #[derive(clap::Args)]
 pub(crate) struct TargetArgs {
-    /// A folder or a repository on the Hugging Face hub: with no coordinator running, this machine alone serves it for as long as needed
+    /// A folder or a repository on the Hugging Face hub: with no coordinator running, this machine alone serves it for as long as needed. Of a
+    /// coordinator that runs, the model that it serves, or that and an adapter of it as MODEL:ADAPTER
     #[arg(long, value_name = "PATH|REPO")]
     model: Option<String>,
     /// The coordinator to talk to
@@ -54,6 +55,10 @@ impl Target {
         }
         let mut target = match (found, &args.model) {
             (Ok(_), _) => Self { client, model: String::new(), local: None },
+            (Err(_), Some(model)) if adapter_of(model).is_some() => {
+                let message = format!("no coordinator runs that could serve {model}: start one, or give a model without an adapter");
+                return Err(Failure::new(Exit::Usage, message).into());
+            }
             (Err(_), Some(model)) => {
                 let local = LocalCluster::start(model, args.context, caches).await?;
                 Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
@@ -93,6 +98,12 @@ impl Target {
         };
         let served = status.pointer("/model/id").and_then(Value::as_str).unwrap_or_default().to_owned();
         match &args.model {
+            Some(wanted)
+                if let Some((base, adapter)) = adapter_of(wanted)
+                    && is_same_model(base, &served) =>
+            {
+                Ok(format!("{served}:{adapter}"))
+            }
             Some(wanted) if self.local.is_none() && !is_same_model(wanted, &served) => {
                 let message = format!("the coordinator at {} serves {served}, not {wanted}: leave --model out, or stop it first", args.url);
                 Err(Failure::new(Exit::Usage, message).into())
@@ -114,7 +125,27 @@ pub(crate) fn interrupted() -> anyhow::Error {
     Failure::new(Exit::Interrupted, "stopped").into()
 }
 
+/// Base and adapter of `MODEL:ADAPTER`; a folder may have such a name itself.
+fn adapter_of(model: &str) -> Option<(&str, &str)> {
+    let (base, adapter) = model.rsplit_once(':')?;
+    (!base.is_empty() && !adapter.is_empty() && !adapter.contains('/') && !Path::new(model).is_dir()).then_some((base, adapter))
+}
+
 /// A folder is served under its own name.
 fn is_same_model(wanted: &str, served: &str) -> bool {
     wanted == served || Path::new(wanted).file_name().is_some_and(|name| name == served)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_stands_behind_a_colon() {
+        assert_eq!(adapter_of("org/base:mine"), Some(("org/base", "mine")));
+        assert_eq!(adapter_of("./base:mine"), Some(("./base", "mine")));
+        for model in ["org/base", ":mine", "base:", "http://host/base", "org/base@main"] {
+            assert_eq!(adapter_of(model), None, "{model}");
+        }
+    }
 }

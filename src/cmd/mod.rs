@@ -3,6 +3,8 @@
 mod chat;
 mod coordinator;
 mod engine;
+mod evaluate;
+mod fuse;
 mod generate;
 mod models;
 mod plan;
@@ -45,6 +47,8 @@ enum Verb {
     Plan(plan::PlanArgs),
     Models(models::ModelsArgs),
     Status(status::StatusArgs),
+    Fuse(fuse::FuseArgs),
+    Evaluate(evaluate::EvaluateArgs),
     #[command(hide = true)]
     Engine(engine::EngineArgs),
 }
@@ -71,6 +75,8 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Verb::Plan(args) => plan::run(args).await,
             Verb::Models(args) => models::run(args).await,
             Verb::Status(args) => status::run(args).await,
+            Verb::Evaluate(args) => evaluate::run(args).await,
+            Verb::Fuse(args) => fuse::run(args).await,
             Verb::Engine(_) => Ok(()),
         }
     });

@@ -9,7 +9,7 @@ const ONE_LINE: &str = "127.0.0.1:1";
 
 #[test]
 fn every_verb_shows_an_example() {
-    for verb in ["worker", "coordinator", "generate", "chat", "plan", "status"] {
+    for verb in ["worker", "coordinator", "generate", "chat", "plan", "status", "fuse", "evaluate"] {
         let help = run(&[verb, "--help"]).expect_success().stdout;
         assert!(help.contains("Example") && help.contains(&format!("mlx-cluster {verb}")), "{help}");
     }

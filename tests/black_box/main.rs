@@ -4,6 +4,7 @@
 mod bad_input;
 mod command_line;
 mod engine_loss;
+mod fine_tuning;
 mod hub;
 mod idle;
 mod membership;

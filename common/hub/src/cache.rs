@@ -120,12 +120,17 @@ impl RepoCache {
 pub(crate) fn check_free_space(cache_dir: &Path, needed_bytes: u64) -> Result<(), HubError> {
     let disk_error = |source| HubError::Disk { action: "use", path: cache_dir.to_path_buf(), source };
     fs::create_dir_all(cache_dir).map_err(disk_error)?;
-    let disk = rustix::fs::statvfs(cache_dir).map_err(|error| disk_error(error.into()))?;
-    let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free_bytes = free_disk_bytes(cache_dir).map_err(disk_error)?;
     if needed_bytes > free_bytes {
         return Err(HubError::DiskFull { folder: cache_dir.to_path_buf(), needed_bytes, free_bytes });
     }
     Ok(())
+}
+
+/// Bytes that may still be written where a folder is.
+pub fn free_disk_bytes(folder: &Path) -> std::io::Result<u64> {
+    let disk = rustix::fs::statvfs(folder)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 fn create_parent(path: &Path) -> Result<(), HubError> {

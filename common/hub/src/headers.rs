@@ -199,7 +199,8 @@ pub(crate) fn parse_entries(file: &str, json: &[u8]) -> Result<Vec<(String, Tens
             return Err(WeightFileError::DuplicateTensor { file: file.to_owned(), tensor });
         }
         let parsed = if tensor == "__metadata__" {
-            serde_json::from_str::<HashMap<String, String>>(value.get()).map(|_| None)
+            // MLX writes null where it was given none, as mlx-lm does for adapters.
+            serde_json::from_str::<Option<HashMap<String, String>>>(value.get()).map(|_| None)
         } else {
             serde_json::from_str::<TensorInfo>(value.get()).map(Some)
         };

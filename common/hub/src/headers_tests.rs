@@ -39,6 +39,12 @@ fn a_good_file_is_described() {
 }
 
 #[test]
+fn metadata_may_be_null_as_mlx_writes_it() {
+    let header = r#"{"__metadata__":null,"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+    assert_eq!(read(&file_of(header, 1)).unwrap().tensors.len(), 1);
+}
+
+#[test]
 fn what_the_safetensors_crate_writes_is_read() {
     let data = [0u8; 24];
     let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 3], &data).unwrap();

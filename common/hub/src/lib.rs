@@ -5,6 +5,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adapter;
 mod cache;
 mod cached;
 mod dataset;
@@ -20,9 +21,12 @@ mod model_ref;
 mod range;
 mod remote;
 mod settings;
+mod shards;
 mod snapshot;
 mod store;
 
+pub use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFileError, AdapterFiles};
+pub use cache::free_disk_bytes;
 pub use cached::{cached_models, damaged_blobs, remove_cached};
 pub use dataset::DatasetRepo;
 pub use description::{Description, Descriptions, WeightFile};
@@ -32,6 +36,7 @@ pub use index::{IndexError, WEIGHT_INDEX_FILE, folder_weight_index, partial_weig
 pub use json_file::{JsonFileError, read_config, read_json, read_json_if_present};
 pub use model_ref::{ModelRef, ModelRefError, RepoKind, RepoRef};
 pub use settings::{HubSettings, Token};
+pub use shards::{SHARD_BYTES_MAX, Shard, ShardTensor, plan_shards, weight_index_file};
 pub use snapshot::Snapshot;
 pub use store::{Batch, BatchWriter, Contents, Damaged, Digest, Held, HeldModel, ModelStore, StoreLock, TensorRanges, held_models};
 

@@ -86,7 +86,7 @@ impl Recipe {
     }
 
     /// The tensor of the checkpoint that this is slices of, and the entries of each of its axes.
-    fn as_box(&self) -> Option<(&SourceTensor, Vec<Span>)> {
+    pub(super) fn as_box(&self) -> Option<(&SourceTensor, Vec<Span>)> {
         match self {
             Recipe::Tensor(source) => Some((source, source.shape.iter().map(|dim| Span::whole(*dim)).collect())),
             Recipe::Slice { of, axis, start, stop, step } => {

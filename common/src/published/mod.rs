@@ -7,6 +7,7 @@ mod recipe;
 mod select;
 mod symbolic;
 mod tensors;
+mod undo;
 
 pub use gather::Piece;
 pub use layouts::LatentUpProjection;
@@ -14,6 +15,7 @@ pub use recipe::{Affine, QuantisedPiece, Recipe, SourceTensor};
 pub use select::Span;
 pub use symbolic::{QuantisedTensors, SymbolicTensor};
 pub use tensors::{Tensors, layer_of};
+pub use undo::{Assignment, Irreversible, Step};
 
 use crate::{
     dtype::DType,

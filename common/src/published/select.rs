@@ -40,6 +40,13 @@ impl Span {
         Span::new(outer.start + self.start * outer.step, outer.start + (self.stop - 1) * outer.step + 1, self.step * outer.step)
     }
 
+    /// Whether both have an entry.
+    pub(super) fn meets(&self, other: &Span) -> bool {
+        let (first, end) = (self.start.max(other.start), self.stop.min(other.stop));
+        let has = |span: &Span, entry: u64| (entry - span.start).is_multiple_of(span.step);
+        (first..end).any(|entry| has(self, entry) && has(other, entry))
+    }
+
     /// The entries inside of a range, counted from its start.
     fn inside(&self, range: &Range<u64>) -> Option<Span> {
         let skipped = range.start.saturating_sub(self.start).div_ceil(self.step);
@@ -388,4 +395,4 @@ fn piece_of(of: SymbolicTensor, affine: Affine, piece: QuantisedPiece) -> Result
 
 #[cfg(test)]
 #[path = "select_tests.rs"]
-mod tests;
+pub(super) mod tests;

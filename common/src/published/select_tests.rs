@@ -8,15 +8,15 @@ use crate::{dtype::DType, published::SourceTensor};
 
 /// Row-major elements.
 #[derive(Debug, Clone, PartialEq)]
-struct Values {
-    dtype: DType,
-    shape: Vec<u64>,
-    elements: Vec<u64>,
+pub(in crate::published) struct Values {
+    pub(in crate::published) dtype: DType,
+    pub(in crate::published) shape: Vec<u64>,
+    pub(in crate::published) elements: Vec<u64>,
 }
 
 impl Values {
     /// The element at an index is `from` of it.
-    fn new(dtype: DType, shape: &[u64], mut from: impl FnMut(&[u64]) -> u64) -> Self {
+    pub(in crate::published) fn new(dtype: DType, shape: &[u64], mut from: impl FnMut(&[u64]) -> u64) -> Self {
         let mut index = vec![0; shape.len()];
         let mut elements = Vec::new();
         for flat in 0..shape.iter().product::<u64>() {
@@ -29,32 +29,32 @@ impl Values {
         Self { dtype, shape: shape.to_vec(), elements }
     }
 
-    fn at(&self, index: &[u64]) -> u64 {
+    pub(in crate::published) fn at(&self, index: &[u64]) -> u64 {
         self.elements[index.iter().zip(&self.shape).fold(0, |flat, (i, dim)| flat * dim + i) as usize]
     }
 
-    fn with(&self, shape: &[u64], from: impl FnMut(&[u64]) -> u64) -> Self {
+    pub(in crate::published) fn with(&self, shape: &[u64], from: impl FnMut(&[u64]) -> u64) -> Self {
         Self::new(self.dtype, shape, from)
     }
 
-    fn map(&self, change: impl Fn(&[u64], u64) -> u64) -> Self {
+    pub(in crate::published) fn map(&self, change: impl Fn(&[u64], u64) -> u64) -> Self {
         self.with(&self.shape, |index| change(index, self.at(index)))
     }
 
     /// The entries of an axis that a list names.
-    fn taken(&self, axis: usize, entries: &[u64]) -> Self {
+    pub(in crate::published) fn taken(&self, axis: usize, entries: &[u64]) -> Self {
         let mut shape = self.shape.clone();
         shape[axis] = entries.len() as u64;
         self.with(&shape, |index| self.at(&moved(index, axis, entries[index[axis] as usize])))
     }
 
     /// The bytes of every row, read by `size`.
-    fn bytes(&self) -> Vec<u8> {
+    pub(in crate::published) fn bytes(&self) -> Vec<u8> {
         self.elements.iter().flat_map(|element| element.to_le_bytes().into_iter().take(self.dtype.size() as usize)).collect()
     }
 }
 
-fn moved(index: &[u64], axis: usize, entry: u64) -> Vec<u64> {
+pub(in crate::published) fn moved(index: &[u64], axis: usize, entry: u64) -> Vec<u64> {
     index.iter().enumerate().map(|(i, at)| if i == axis { entry } else { *at }).collect()
 }
 
@@ -65,22 +65,28 @@ fn unpacked(weight: &Values, row: &[u64], i: u64, bits: u64) -> u64 {
 }
 
 /// What tensors of a made-up checkpoint hold follows from their names.
-fn source(source: &SourceTensor) -> Values {
+pub(in crate::published) fn source(source: &SourceTensor) -> Values {
     let seed = source.name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     let mut random = Random(seed);
     Values::new(source.dtype, &source.shape, |_| random.next())
 }
 
 fn evaluated(recipe: &Recipe) -> Values {
+    evaluated_of(recipe, &source)
+}
+
+/// The same over tensors that hold what `source` says.
+pub(in crate::published) fn evaluated_of(recipe: &Recipe, source: &impl Fn(&SourceTensor) -> Values) -> Values {
+    let evaluated = |recipe: &Recipe| evaluated_of(recipe, source);
     match recipe {
         Recipe::Tensor(tensor) => source(tensor),
         Recipe::Stack(of) => {
-            let of: Vec<_> = of.iter().map(evaluated).collect();
+            let of: Vec<_> = of.iter().map(&evaluated).collect();
             let shape = [&[of.len() as u64], &of[0].shape[..]].concat();
             of[0].with(&shape, |index| of[index[0] as usize].at(&index[1..]))
         }
         Recipe::Concatenate { of, axis } => {
-            let of: Vec<_> = of.iter().map(evaluated).collect();
+            let of: Vec<_> = of.iter().map(&evaluated).collect();
             let places: Vec<_> = of.iter().enumerate().flat_map(|(i, part)| (0..part.shape[*axis]).map(move |at| (i, at))).collect();
             let shape = moved(&of[0].shape, *axis, places.len() as u64);
             of[0].with(&shape, |index| {
@@ -164,17 +170,17 @@ fn quantised(of: &Values, affine: Affine, piece: QuantisedPiece) -> Values {
 }
 
 /// xorshift64.
-struct Random(u64);
+pub(in crate::published) struct Random(pub(in crate::published) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(in crate::published) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub(in crate::published) fn below(&mut self, n: u64) -> u64 {
         (self.next() >> 16) % n
     }
 
@@ -201,7 +207,7 @@ impl Random {
     }
 
     /// A tensor of some floats.
-    fn float(&mut self) -> SymbolicTensor {
+    pub(in crate::published) fn float(&mut self) -> SymbolicTensor {
         let shape = self.shape();
         match self.below(4) {
             0 => {
@@ -232,7 +238,7 @@ impl Random {
     }
 
     /// One verb more; the tensor as it is where the verb does not fit to it.
-    fn step(&mut self, tensor: SymbolicTensor) -> SymbolicTensor {
+    pub(in crate::published) fn step(&mut self, tensor: SymbolicTensor) -> SymbolicTensor {
         let (before, n) = (tensor.clone(), tensor.shape.len());
         let axis = self.below(n as u64) as usize;
         let dim = tensor.shape[axis];

@@ -91,9 +91,9 @@ pub enum Weight<'a> {
     Tensor(&'a TensorSpec),
 }
 
-impl Weight<'_> {
+impl<'a> Weight<'a> {
     /// The module's path, or the tensor's name.
-    pub fn path(&self) -> &str {
+    pub fn path(&self) -> &'a str {
         match self {
             Weight::Embedding(embedding) => &embedding.path,
             Weight::Linear(linear) => &linear.path,

@@ -1,8 +1,11 @@
 //! The nouns of fine-tuning: what is trained, by which optimizer, on which schedule, spread how over engines.
 
+pub mod adapter;
 pub mod batch;
 pub mod config;
 pub mod fine_tune;
+pub mod fuse;
+pub mod matrices;
 pub mod modules;
 pub mod optimizer;
 pub mod plan;
@@ -11,9 +14,11 @@ pub mod schedule;
 pub mod strategy;
 pub mod trained;
 
+pub use adapter::{Adapter, AdapterError, Change};
 pub use batch::{MicroBatch, Row};
 pub use config::{AdapterConfig, TrainingConfig, TrainingConfigError};
 pub use fine_tune::{FineTune, LoraParameters};
+pub use fuse::{FuseError, FusePlan};
 pub use modules::{Module, ModuleShape, TrainedError, TrainedParameter};
 pub use optimizer::Optimizer;
 pub use plan::TrainingPlan;

@@ -72,8 +72,7 @@ pub(super) async fn chat_completions(State(api): State<Arc<Api>>, JsonBody(mut f
 impl ChatRequest {
     fn take(mut fields: Fields, model: &ServedModel) -> Result<Self, ApiError> {
         let Some(template) = model.template.clone() else {
-            let message = format!("{} has no chat template; use /v1/completions", model.id);
-            return Err(ApiError::Invalid { param: "messages".into(), message });
+            return Err(no_template(model));
         };
         let messages = take_messages(&mut fields)?;
         let content = |message: &Value| message["content"].as_str().map_or(0, str::len);
@@ -104,14 +103,8 @@ impl ChatRequest {
 
 /// The tools, and whether one answer may call several.
 fn tools(fields: &mut Fields) -> Result<(Option<Vec<Value>>, bool), ApiError> {
-    let tools = fields.list("tools")?.filter(|tools| !tools.is_empty());
+    let tools = take_tools(fields)?;
     let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
-    if let Some(tools) = &tools {
-        if tools.len() > TOOLS_MAX {
-            return Err(out_of_range("tools", format!("a list of at most {TOOLS_MAX}"), tools.len()));
-        }
-        tools.iter().enumerate().try_for_each(|(i, tool)| check_tool(&format!("tools[{i}]"), tool.clone()))?;
-    }
     let choice = fields.value("tool_choice").unwrap_or(json!("auto"));
     match choice.as_str() {
         Some("auto") => Ok((tools, parallel)),
@@ -124,6 +117,23 @@ fn tools(fields: &mut Fields) -> Result<(Option<Vec<Value>>, bool), ApiError> {
             Err(fields.unsupported("tool_choice", format!(" with {found} (only \"auto\" and \"none\")")))
         }
     }
+}
+
+/// None where there are none.
+pub(super) fn take_tools(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
+    let tools = fields.list("tools")?.filter(|tools| !tools.is_empty());
+    if let Some(tools) = &tools {
+        if tools.len() > TOOLS_MAX {
+            return Err(out_of_range("tools", format!("a list of at most {TOOLS_MAX}"), tools.len()));
+        }
+        tools.iter().enumerate().try_for_each(|(i, tool)| check_tool(&format!("tools[{i}]"), tool.clone()))?;
+    }
+    Ok(tools)
+}
+
+pub(super) fn no_template(model: &ServedModel) -> ApiError {
+    let message = format!("{} has no chat template; use /v1/completions", model.id);
+    ApiError::Invalid { param: "messages".into(), message }
 }
 
 /// The model reads a tool as it was sent; only what the API itself relies on is checked.
@@ -145,7 +155,7 @@ fn check_tool(path: &str, tool: Value) -> Result<(), ApiError> {
 }
 
 /// Variables for the template; one that it does not look at would be ignored, and is refused.
-fn template_kwargs(fields: &mut Fields, source: &str) -> Result<Map<String, Value>, ApiError> {
+pub(super) fn template_kwargs(fields: &mut Fields, source: &str) -> Result<Map<String, Value>, ApiError> {
     let kwargs = fields.object("chat_template_kwargs")?.unwrap_or_default();
     for name in kwargs.keys() {
         let param = format!("chat_template_kwargs.{}", shown(name));

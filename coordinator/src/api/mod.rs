@@ -22,6 +22,7 @@ mod metrics;
 mod models;
 mod prompt;
 mod run;
+mod tokenize;
 
 #[cfg(test)]
 mod tests;
@@ -119,6 +120,7 @@ fn router(api: Arc<Api>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
+        .route("/tokenize", post(tokenize::tokenize))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/cluster", get(cluster::cluster))

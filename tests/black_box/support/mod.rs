@@ -5,6 +5,6 @@ mod http;
 mod process;
 mod tiny_model;
 
-pub(crate) use cluster::{Cluster, Setup, demo_model, free_port, run};
+pub(crate) use cluster::{Cluster, Finished, Setup, demo_model, free_port, run};
 pub(crate) use process::{PATIENCE, Process, is_alive, wait_until};
 pub(crate) use tiny_model::TinyModel;

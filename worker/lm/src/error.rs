@@ -13,6 +13,8 @@ pub enum LmError {
     Mlx(String),
     #[error("cannot read the weights in {file}: {cause}")]
     Read { file: String, cause: String },
+    #[error("cannot write {file}: {source}")]
+    Write { file: String, source: std::io::Error },
     #[error("`{name}` is {found} in {file}, its header said {wanted}: the file changed while it was loaded")]
     Changed { name: String, file: String, found: String, wanted: String },
     #[error("`{name}` was made as {found}, planned was {planned}")]

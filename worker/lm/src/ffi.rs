@@ -80,19 +80,25 @@ pub fn array_filled(shape: &[i32], dtype: DType, fill: impl FnOnce(&mut [u8]) ->
 
 /// The bytes of an array, row-major: evaluates it, and copies once.
 pub fn array_to_bytes(array: &Array) -> Result<Vec<u8>, LmError> {
+    with_bytes(array, <[u8]>::to_vec)
+}
+
+/// Evaluates an array and shows its row-major bytes where they are.
+pub fn with_bytes<T>(array: &Array, read: impl FnOnce(&[u8]) -> T) -> Result<T, LmError> {
     // An array that is a view of another buffer (a slice, a transpose) is laid out anew first.
     let contiguous = contiguous(array)?;
     contiguous.eval()?;
     let length = contiguous.nbytes();
-    // SAFETY: the array is evaluated and row-contiguous, so its data is `nbytes` readable bytes that live as long as `contiguous`.
+    // SAFETY: the array is evaluated and row-contiguous, so its data is `nbytes` readable bytes that live as long as `contiguous`, which
+    // outlives the call.
     let bytes = unsafe {
         let data = mlx_sys::mlx_array_data_uint8(contiguous.as_ptr());
         if data.is_null() {
             return Err(LmError::Mlx("an evaluated array has no data".into()));
         }
-        std::slice::from_raw_parts(data, length).to_vec()
+        std::slice::from_raw_parts(data, length)
     };
-    Ok(bytes)
+    Ok(read(bytes))
 }
 
 fn contiguous(array: &Array) -> Result<Array, LmError> {

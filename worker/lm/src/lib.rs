@@ -7,6 +7,7 @@ pub mod cache;
 pub mod compiled;
 pub mod error;
 pub mod ffi;
+pub mod fuse;
 pub mod group;
 pub mod linear;
 pub mod packing;

@@ -7,3 +7,4 @@ mod fake;
 mod load;
 mod server;
 mod status;
+mod tokenize;

@@ -29,7 +29,7 @@ const THREAD_BYTES: usize = 2 << 20;
 const MAX_THREADS: usize = 4;
 
 /// Files of a folder, opened when first needed.
-pub(super) struct Files<'a> {
+pub(crate) struct Files<'a> {
     folder: &'a Path,
     index: &'a WeightIndex,
     open: HashMap<&'a str, File>,
@@ -45,7 +45,7 @@ struct Source<'a> {
 }
 
 impl<'a> Files<'a> {
-    pub(super) fn new(folder: &'a Path, index: &'a WeightIndex) -> Self {
+    pub(crate) fn new(folder: &'a Path, index: &'a WeightIndex) -> Self {
         Self { folder, index, open: HashMap::new(), bytes_read: AtomicU64::new(0) }
     }
 

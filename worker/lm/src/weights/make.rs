@@ -10,7 +10,7 @@ use mlx_rs::{
 };
 
 /// Evaluated, so that the bytes are read now, and row-major in a buffer of its own, so that what it was made of can go.
-pub(super) fn made(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
+pub(crate) fn made(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
     if let Some(array) = files.gather(recipe)? {
         return Ok(array);
     }
@@ -27,10 +27,7 @@ fn graph(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
         Recipe::Tensor(source) => return Err(LmError::NotLoaded { name: source.name.clone() }),
         Recipe::Stack(of) => stack(of, files)?,
         Recipe::Concatenate { of, axis } => ops::concatenate(&members(of, files)?, small(*axis as u64)?)?,
-        Recipe::Slice { of, axis, start, stop, step } => {
-            let (axis, range, step) = (small(*axis as u64)?, small(*start)?..small(*stop)?, small(*step)?);
-            graph(of, files)?.swap_axes(axis, 0)?.try_index(range.stride_by(step))?.swap_axes(axis, 0)?
-        }
+        Recipe::Slice { of, axis, start, stop, step } => sliced(&graph(of, files)?, *axis, *start, *stop, *step)?,
         Recipe::Reshape { of, shape } => graph(of, files)?.reshape(&small_shape(shape)?)?,
         Recipe::Transpose { of, axes } => {
             let axes = axes.iter().map(|axis| small(*axis as u64)).collect::<Result<Vec<_>, _>>()?;
@@ -64,6 +61,12 @@ fn graph(recipe: &Recipe, files: &mut Files) -> Result<Array, LmError> {
             }
         }
     })
+}
+
+/// Entries `start`, `start + step`, ... below `stop` of an axis.
+pub(crate) fn sliced(array: &Array, axis: usize, start: u64, stop: u64, step: u64) -> Result<Array, LmError> {
+    let (axis, range, step) = (small(axis as u64)?, small(start)?..small(stop)?, small(step)?);
+    Ok(array.swap_axes(axis, 0)?.try_index(range.stride_by(step))?.swap_axes(axis, 0)?)
 }
 
 /// Members are made one after the other and written into the stack in place, so that only one of them is there beside it.

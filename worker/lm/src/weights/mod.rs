@@ -3,6 +3,11 @@
 mod copies;
 mod files;
 mod make;
+mod patch;
+
+pub(crate) use files::Files;
+pub(crate) use make::{made, sliced};
+pub(crate) use patch::write_box;
 
 use crate::{
     adapter::Adaption,
@@ -10,8 +15,6 @@ use crate::{
     ffi,
     group::{Group, Vocabulary},
 };
-use files::Files;
-use make::made;
 use mlx_cluster_common::{
     spec::Part,
     tensor::{Cut, Split, WideNorm},
