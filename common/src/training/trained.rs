@@ -63,7 +63,6 @@ pub fn trainable(spec: &ModelSpec, map: &WeightMap, role: &TrainingRole, layers:
     trained.map(|array| array.numbers()).fold(0, u64::saturating_add)
 }
 
-
 /// Every parameter but those of quantised modules, which stay as they are (as mlx.nn's quantised layers do when a model is unfrozen).
 fn whole(map: &WeightMap, part: Part) -> Vec<Trained> {
     let parameters: &[Parameter] = map.parts.get(&part).map(Vec::as_slice).unwrap_or_default();

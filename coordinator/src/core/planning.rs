@@ -98,11 +98,14 @@ impl Instance {
             | WhyNot::ShareDoesNotFit { .. }
             | WhyNot::TrainingDoesNotFit { .. }
             | WhyNot::TrainingShareDoesNotFit { .. }
-                if !takers.is_empty() => ClusterFailure::DoesNotFitBeside {
-                why,
-                taken: Bytes(takers.iter().map(|(_, taken)| taken).sum()),
-                by: takers.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" and "),
-            },
+                if !takers.is_empty() =>
+            {
+                ClusterFailure::DoesNotFitBeside {
+                    why,
+                    taken: Bytes(takers.iter().map(|(_, taken)| taken).sum()),
+                    by: takers.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" and "),
+                }
+            }
             why => why.into(),
         };
         self.refusal = Some((context.situation, failure));

@@ -173,7 +173,11 @@ impl Engines {
     }
 
     /// What is trained, and what the optimizer remembers, tensor by tensor, each once.
-    pub(super) async fn save(&mut self, number: u64, mut take: impl AsyncFnMut(SavedTensor) -> Result<(), String>) -> Result<(), SaveError> {
+    pub(super) async fn save(
+        &mut self,
+        number: u64,
+        mut take: impl AsyncFnMut(SavedTensor) -> Result<(), String>,
+    ) -> Result<(), SaveError> {
         for engine in &mut self.all {
             engine.order(Order::Save(wire::Save { number, has_optimizer: true })).await?;
         }

@@ -10,8 +10,8 @@ use mlx_cluster_common::{
     published::{Assignment, Step, SymbolicTensor},
     training::{
         Change,
-        matrices::{Module, ModuleKind},
         fuse::{CanonicalTensor, NewValue, Rewrite, Rewritten},
+        matrices::{Module, ModuleKind},
     },
     weights::{Parameter, WeightIndex},
 };

@@ -85,6 +85,10 @@ impl Shard {
         Ok(bytes)
     }
 
+    pub fn has_adapter(&self, id: AdapterId) -> bool {
+        self.adapters.has(id)
+    }
+
     /// Takes an adapter away, at once or, when sequences still have it, with the last of them. One that is not there is no error.
     pub fn drop_adapter(&mut self, id: AdapterId) -> Result<(), LmError> {
         if self.adapters.drop(id, &mut self.stack)? {

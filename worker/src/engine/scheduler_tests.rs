@@ -19,7 +19,7 @@ fn limits(n_stages: u32) -> Limits {
 
 fn submission(sequence: u64, prompt: u32, max_tokens: u32) -> Submission {
     let params = SamplingParams { max_tokens, stop_tokens: vec![7], ..Default::default() };
-    Submission { sequence: SequenceId(sequence), prompt: (0..prompt).map(|i| 100 + i).collect(), params }
+    Submission { sequence: SequenceId(sequence), prompt: (0..prompt).map(|i| 100 + i).collect(), params, adapter: None }
 }
 
 /// What the last stage answers: token `1000 + index` for each draw, or the stop token where `stop_at` says so.

@@ -96,6 +96,10 @@ impl Adapters {
         self.loaded.is_empty()
     }
 
+    pub(crate) fn has(&self, id: AdapterId) -> bool {
+        self.slot(id).is_some()
+    }
+
     /// Puts an adapter beside the matrices of the stack; its bytes.
     pub(crate) fn load(&mut self, id: AdapterId, weights: AdapterWeights, stack: &mut Stack) -> Result<u64, LmError> {
         if self.slot(id).is_some() {
