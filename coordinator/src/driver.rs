@@ -1,10 +1,12 @@
 //! The one loop: takes what tasks, clients and the clock say, hands it to the core, carries out what the core decides.
 
 use crate::{
+    adapters::{AdapterAnswer, DropAnswer, OpenAdapter, Registry, ServeAdapterError},
     core::{
         Now,
+        adapters::AdapterFailure,
         cluster::Cluster,
-        event::{ClusterFailure, Effect, Event},
+        event::{ClusterFailure, Effect, EngineAt, Event},
         settings::{InstanceSettings, Kind, ModelFacts, Settings},
     },
     discovery::{
@@ -13,7 +15,13 @@ use crate::{
         rivals::{Rank, Rival, gives_way},
     },
     error::CoordinatorError,
-    links::{Desired, Links, Note, engine::LinkCall, session::SessionCall, session::SessionHandle},
+    links::{
+        Desired, Links, Note,
+        adapter::{DropCall, LoadCall},
+        engine::LinkCall,
+        session::SessionCall,
+        session::SessionHandle,
+    },
     loading::{LoadAnswer, LoadError, LoadRequest, Read, Reading},
     model::{LoadedModel, ModelError},
     report::{Report, Reporter},
@@ -21,10 +29,11 @@ use crate::{
     serving::{ClusterStatus, InstanceState, RequestEvent, RunnerNote, ServedModel, ServingCommand},
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use mlx_cluster_common::ids::{InstanceId, NodeId, SequenceId};
+use mlx_cluster_common::ids::{AdapterId, Epoch, InstanceId, NodeId, SequenceId};
 use mlx_cluster_proto::wire::Hello;
 use std::{
     collections::{BTreeMap, VecDeque},
+    ops::Range,
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -54,6 +63,8 @@ pub(crate) struct Parts {
     pub(crate) defaults: InstanceSettings,
     /// What is served from the start.
     pub(crate) start: Option<Arc<ModelFacts>>,
+    /// What is served beside it from the start.
+    pub(crate) adapters: Vec<OpenAdapter>,
     /// What clients need of the model that is served.
     pub(crate) model: Option<LoadedModel>,
     /// The folder for this machine's own state.
@@ -91,6 +102,7 @@ pub(crate) struct Driver {
     gone: FuturesUnordered<Gone>,
     sequences: u64,
     runners: Runners,
+    adapters: Registry,
     reading: Option<Reading>,
     /// Who waits for the served model to be gone, and what it is called.
     unloading: Vec<(LoadAnswer, String)>,
@@ -138,6 +150,7 @@ impl Driver {
             gone: FuturesUnordered::new(),
             sequences: 0,
             runners: Runners::default(),
+            adapters: Registry::default(),
             reading: None,
             unloading: Vec::new(),
             drained: Vec::new(),
@@ -154,6 +167,11 @@ impl Driver {
     /// Runs until told to stop, or until there is no use in going on.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), CoordinatorError> {
         let mut stopping = false;
+        for adapter in std::mem::take(&mut self.parts.adapters) {
+            let facts = Arc::clone(&adapter.facts);
+            let adapter = self.adapters.add(Arc::new(adapter), None);
+            self.handle(Event::LoadAdapter { adapter, facts, is_given: true });
+        }
         self.publish();
         loop {
             let input = self.next(&stop, stopping).await;
@@ -197,6 +215,7 @@ impl Driver {
             Input::Read(read) => self.read(read),
             Input::Note(Some(Note::Event(event))) => Some(event),
             Input::Note(Some(Note::Held { node, message })) => self.held(node, message),
+            Input::Note(Some(Note::AdapterRead { name, read, answer })) => self.adapter_read(&name, read, answer),
             Input::Note(Some(Note::LinkEnded(node))) => {
                 self.links.ended(&node);
                 None
@@ -232,6 +251,11 @@ impl Driver {
                 None
             }
             ServingCommand::Unload { answer } => self.unload(answer),
+            ServingCommand::LoadAdapter { name, path, answer } => {
+                self.load_adapter(name, path, answer);
+                None
+            }
+            ServingCommand::DropAdapter { name, answer } => self.drop_adapter(&name, answer),
             ServingCommand::StartJob { instance, facts, settings, notes } => {
                 if instance == InstanceId::SERVED || self.cluster.has(instance) {
                     // A runner reads the end of its notes as the end of its engines.
@@ -249,6 +273,62 @@ impl Driver {
     /// The name of the model that is served or shall be.
     fn served_name(&self) -> String {
         self.parts.model.as_ref().map(|model| model.facts.name.clone()).unwrap_or_default()
+    }
+
+    fn load_adapter(&mut self, name: String, path: PathBuf, answer: AdapterAnswer) {
+        let model = self.parts.model.as_ref().filter(|_| self.cluster.has(InstanceId::SERVED)).map(|model| Arc::clone(&model.facts));
+        let there = self.cluster.adapters();
+        let there: Vec<&str> = there.iter().map(|adapter| adapter.facts.name.as_str()).collect();
+        let model = model.ok_or(ServeAdapterError::NothingServed);
+        let reserved = model.and_then(|model| self.adapters.reserve(&name, &model, &there).map(|()| model));
+        match reserved {
+            Ok(model) => self.links.read_adapter(name, path, model, answer),
+            // Who asked may be gone.
+            Err(error) => drop(answer.send(Err(error))),
+        }
+    }
+
+    fn adapter_read(&mut self, name: &str, read: Result<OpenAdapter, ServeAdapterError>, answer: AdapterAnswer) -> Option<Event> {
+        self.adapters.read(name);
+        match read {
+            Ok(adapter) => {
+                let facts = Arc::clone(&adapter.facts);
+                let adapter = self.adapters.add(Arc::new(adapter), Some(answer));
+                Some(Event::LoadAdapter { adapter, facts, is_given: false })
+            }
+            Err(error) => {
+                // Who asked may be gone.
+                drop(answer.send(Err(error)));
+                None
+            }
+        }
+    }
+
+    fn drop_adapter(&mut self, name: &str, answer: DropAnswer) -> Option<Event> {
+        let there = self.cluster.adapters();
+        let found = there.iter().find(|adapter| adapter.facts.name == name);
+        let names: Vec<_> = there.iter().map(|adapter| format!("`{}`", adapter.facts.name)).collect();
+        let listed = if names.is_empty() { "none is loaded".into() } else { format!("there are {}", names.join(", ")) };
+        let missing = ServeAdapterError::NotThere { name: name.chars().take(80).collect(), there: listed };
+        // Who asked may be gone.
+        drop(answer.send(found.map(|adapter| Arc::clone(&adapter.facts)).ok_or(missing)));
+        found.map(|adapter| Event::DropAdapter { adapter: adapter.id })
+    }
+
+    /// An event, where the adapter is not there any more.
+    fn send_adapter(&mut self, epoch: Epoch, engine: EngineAt, layers: Range<u32>, id: AdapterId) -> Option<Event> {
+        let (number, adapter) = (engine.number, self.adapters.get(id).cloned());
+        match (adapter, &self.parts.model) {
+            (Some(adapter), Some(model)) => {
+                let model = Arc::clone(&model.facts);
+                self.links.load_adapter(LoadCall { epoch, engine, layers, id, adapter, model });
+                None
+            }
+            _ => {
+                let result = Err(AdapterFailure::Unusable("it is not open any more; please report this".into()));
+                Some(Event::AdapterLoaded { epoch, engine: number, adapter: id, result })
+            }
+        }
     }
 
     fn load(&mut self, request: LoadRequest, answer: LoadAnswer) {
@@ -369,6 +449,9 @@ impl Driver {
                 self.session = Some(self.links.open_session(SessionCall { epoch, name, addresses }));
             }
             Effect::CloseSession => self.session = None,
+            Effect::LoadAdapter { epoch, engine, layers, adapter } => return self.send_adapter(epoch, engine, layers, adapter),
+            Effect::DropAdapter { epoch, engine, adapter } => self.links.drop_adapter(DropCall { epoch, engine, id: adapter }),
+            Effect::AdapterSettled { adapter, outcome } => self.adapters.settled(adapter, outcome),
             Effect::Command(command) => {
                 let session = self.session.as_ref()?;
                 if !session.send(command) {
@@ -404,6 +487,7 @@ impl Driver {
 
     fn served_ended(&mut self, failure: Option<&ClusterFailure>) {
         self.parts.served.send_replace(None);
+        self.adapters.clear();
         for (answer, name) in self.unloading.drain(..) {
             // Who asked may be gone.
             drop(answer.send(Ok(name)));

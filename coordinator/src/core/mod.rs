@@ -1,5 +1,6 @@
 //! The decisions of the coordinator as pure code: no clock, no tasks, no network; `now` is an argument.
 
+pub mod adapters;
 mod addresses;
 pub mod cluster;
 mod deployment;
