@@ -16,6 +16,8 @@ mod status;
 mod wiring;
 
 #[cfg(test)]
+mod adapters_tests;
+#[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]
 mod instances_tests;

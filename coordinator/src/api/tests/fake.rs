@@ -225,6 +225,7 @@ fn token(id: u32, top: Option<u32>) -> TokenOut {
 
 pub(super) fn served(template: Option<&str>) -> ServedModel {
     ServedModel {
+        adapter: None,
         id: "org/tiny".into(),
         vocab_size: VOCAB,
         context_tokens: CONTEXT,
@@ -236,6 +237,7 @@ pub(super) fn served(template: Option<&str>) -> ServedModel {
 
 pub(super) fn ready() -> ClusterStatus {
     ClusterStatus {
+        adapters: Vec::new(),
         links: Vec::new(),
         cluster: "home".into(),
         instance: InstanceState::Ready,
