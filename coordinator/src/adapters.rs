@@ -56,10 +56,8 @@ pub enum ServeAdapterError {
     Task { cause: String },
 }
 
-/// Answered once the adapter is on all engines.
+/// Answered once the adapter is on all engines, or once no new request can have it.
 pub type AdapterAnswer = oneshot::Sender<Result<Arc<AdapterFacts>, ServeAdapterError>>;
-/// Answered once no new request can have it.
-pub type DropAnswer = oneshot::Sender<Result<Arc<AdapterFacts>, ServeAdapterError>>;
 
 /// What `--adapter` says: a path, or a name and a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,6 +188,8 @@ pub(crate) struct Registry {
     last: u64,
     open: BTreeMap<AdapterId, Arc<OpenAdapter>>,
     waiting: BTreeMap<AdapterId, AdapterAnswer>,
+    /// What is to be answered once the state that it speaks of can be seen.
+    owed: Vec<(AdapterAnswer, Result<Arc<AdapterFacts>, ServeAdapterError>)>,
     /// Names of those that are being read.
     reading: Vec<String>,
 }
@@ -235,9 +235,19 @@ impl Registry {
         }
         if let Some(answer) = self.waiting.remove(&id) {
             let outcome = outcome.map(|()| Arc::clone(&adapter.facts));
-            // Who asked may be gone.
-            drop(answer.send(outcome.map_err(|message| ServeAdapterError::Engines { message })));
+            self.owe(answer, outcome.map_err(|message| ServeAdapterError::Engines { message }));
         }
+    }
+
+    /// To be answered soon.
+    pub(crate) fn owe(&mut self, answer: AdapterAnswer, outcome: Result<Arc<AdapterFacts>, ServeAdapterError>) {
+        self.owed.push((answer, outcome));
+    }
+
+    /// Answers all that is owed.
+    pub(crate) fn answer(&mut self) {
+        // Who asked may be gone.
+        self.owed.drain(..).for_each(|(answer, outcome)| drop(answer.send(outcome)));
     }
 
     /// The model is gone, and all adapters with it.

@@ -1,12 +1,13 @@
 //! The one loop: takes what tasks, clients and the clock say, hands it to the core, carries out what the core decides.
 
+mod adapters;
+
 use crate::{
-    adapters::{AdapterAnswer, DropAnswer, OpenAdapter, Registry, ServeAdapterError},
+    adapters::{OpenAdapter, Registry},
     core::{
         Now,
-        adapters::AdapterFailure,
         cluster::Cluster,
-        event::{ClusterFailure, Effect, EngineAt, Event},
+        event::{ClusterFailure, Effect, Event},
         settings::{InstanceSettings, Kind, ModelFacts, Settings},
     },
     discovery::{
@@ -15,13 +16,7 @@ use crate::{
         rivals::{Rank, Rival, gives_way},
     },
     error::CoordinatorError,
-    links::{
-        Desired, Links, Note,
-        adapter::{DropCall, LoadCall},
-        engine::LinkCall,
-        session::SessionCall,
-        session::SessionHandle,
-    },
+    links::{Desired, Links, Note, adapter::DropCall, engine::LinkCall, session::SessionCall, session::SessionHandle},
     loading::{LoadAnswer, LoadError, LoadRequest, Read, Reading},
     model::{LoadedModel, ModelError},
     report::{Report, Reporter},
@@ -29,11 +24,10 @@ use crate::{
     serving::{ClusterStatus, InstanceState, RequestEvent, RunnerNote, ServedModel, ServingCommand},
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use mlx_cluster_common::ids::{AdapterId, Epoch, InstanceId, NodeId, SequenceId};
+use mlx_cluster_common::ids::{InstanceId, NodeId, SequenceId};
 use mlx_cluster_proto::wire::Hello;
 use std::{
     collections::{BTreeMap, VecDeque},
-    ops::Range,
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -167,18 +161,15 @@ impl Driver {
     /// Runs until told to stop, or until there is no use in going on.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), CoordinatorError> {
         let mut stopping = false;
-        for adapter in std::mem::take(&mut self.parts.adapters) {
-            let facts = Arc::clone(&adapter.facts);
-            let adapter = self.adapters.add(Arc::new(adapter), None);
-            self.handle(Event::LoadAdapter { adapter, facts, is_given: true });
-        }
+        self.add_given_adapters();
         self.publish();
         loop {
             let input = self.next(&stop, stopping).await;
             stopping |= matches!(input, Input::Stop);
-            let Some(event) = self.event(input) else { continue };
-            let ended = self.handle(event);
+            let event = self.event(input);
+            let ended = event.and_then(|event| self.handle(event));
             self.publish();
+            self.adapters.answer();
             if let Some(result) = ended {
                 self.links.stop().await;
                 for done in self.drained {
@@ -273,62 +264,6 @@ impl Driver {
     /// The name of the model that is served or shall be.
     fn served_name(&self) -> String {
         self.parts.model.as_ref().map(|model| model.facts.name.clone()).unwrap_or_default()
-    }
-
-    fn load_adapter(&mut self, name: String, path: PathBuf, answer: AdapterAnswer) {
-        let model = self.parts.model.as_ref().filter(|_| self.cluster.has(InstanceId::SERVED)).map(|model| Arc::clone(&model.facts));
-        let there = self.cluster.adapters();
-        let there: Vec<&str> = there.iter().map(|adapter| adapter.facts.name.as_str()).collect();
-        let model = model.ok_or(ServeAdapterError::NothingServed);
-        let reserved = model.and_then(|model| self.adapters.reserve(&name, &model, &there).map(|()| model));
-        match reserved {
-            Ok(model) => self.links.read_adapter(name, path, model, answer),
-            // Who asked may be gone.
-            Err(error) => drop(answer.send(Err(error))),
-        }
-    }
-
-    fn adapter_read(&mut self, name: &str, read: Result<OpenAdapter, ServeAdapterError>, answer: AdapterAnswer) -> Option<Event> {
-        self.adapters.read(name);
-        match read {
-            Ok(adapter) => {
-                let facts = Arc::clone(&adapter.facts);
-                let adapter = self.adapters.add(Arc::new(adapter), Some(answer));
-                Some(Event::LoadAdapter { adapter, facts, is_given: false })
-            }
-            Err(error) => {
-                // Who asked may be gone.
-                drop(answer.send(Err(error)));
-                None
-            }
-        }
-    }
-
-    fn drop_adapter(&mut self, name: &str, answer: DropAnswer) -> Option<Event> {
-        let there = self.cluster.adapters();
-        let found = there.iter().find(|adapter| adapter.facts.name == name);
-        let names: Vec<_> = there.iter().map(|adapter| format!("`{}`", adapter.facts.name)).collect();
-        let listed = if names.is_empty() { "none is loaded".into() } else { format!("there are {}", names.join(", ")) };
-        let missing = ServeAdapterError::NotThere { name: name.chars().take(80).collect(), there: listed };
-        // Who asked may be gone.
-        drop(answer.send(found.map(|adapter| Arc::clone(&adapter.facts)).ok_or(missing)));
-        found.map(|adapter| Event::DropAdapter { adapter: adapter.id })
-    }
-
-    /// An event, where the adapter is not there any more.
-    fn send_adapter(&mut self, epoch: Epoch, engine: EngineAt, layers: Range<u32>, id: AdapterId) -> Option<Event> {
-        let (number, adapter) = (engine.number, self.adapters.get(id).cloned());
-        match (adapter, &self.parts.model) {
-            (Some(adapter), Some(model)) => {
-                let model = Arc::clone(&model.facts);
-                self.links.load_adapter(LoadCall { epoch, engine, layers, id, adapter, model });
-                None
-            }
-            _ => {
-                let result = Err(AdapterFailure::Unusable("it is not open any more; please report this".into()));
-                Some(Event::AdapterLoaded { epoch, engine: number, adapter: id, result })
-            }
-        }
     }
 
     fn load(&mut self, request: LoadRequest, answer: LoadAnswer) {

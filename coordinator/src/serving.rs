@@ -1,7 +1,7 @@
 //! The seam between the HTTP API and the cluster: requests go in, tokens come out, the state can be watched.
 
 use crate::{
-    adapters::{AdapterAnswer, DropAnswer, ServeAdapterError},
+    adapters::{AdapterAnswer, ServeAdapterError},
     chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
     core::{
         adapters::AdapterFacts,
@@ -206,7 +206,7 @@ pub enum ServingCommand {
     /// Put an adapter beside the served model.
     LoadAdapter { name: String, path: PathBuf, answer: AdapterAnswer },
     /// Let no new request have an adapter, and take it away once none has it.
-    DropAdapter { name: String, answer: DropAnswer },
+    DropAdapter { name: String, answer: AdapterAnswer },
     /// Plan a job's engines and keep them alive. Dropping the receiver of `notes`, or not reading it, stops them.
     StartJob { instance: InstanceId, facts: Arc<TrainingFacts>, settings: InstanceSettings, notes: mpsc::Sender<RunnerNote> },
     /// A job's runner is in trouble with the engines of this epoch; `node` is who is blamed (by id or by name), if anybody.
