@@ -1,5 +1,7 @@
 //! A small client of a coordinator's HTTP API: status, and answers as they are streamed.
 
+pub(crate) mod jobs;
+
 use crate::failure::{Exit, Failure};
 use anyhow::Context;
 use futures_util::StreamExt;

@@ -29,6 +29,10 @@ impl Failure {
     pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self { exit, message: message.into() }
     }
+
+    pub(crate) fn exit(&self) -> Exit {
+        self.exit
+    }
 }
 
 impl fmt::Display for Failure {

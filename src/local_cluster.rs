@@ -31,13 +31,13 @@ struct Part {
 }
 
 impl LocalCluster {
-    /// Starts both parts under a name of their own, on free ports of loopback.
-    pub(crate) async fn start(model: &str, context_tokens: Option<u32>, caches: CacheOptions) -> anyhow::Result<Self> {
+    /// Starts both parts under a name of their own, on free ports of loopback. Without a model it is idle.
+    pub(crate) async fn start(model: Option<&str>, context_tokens: Option<u32>, caches: CacheOptions) -> anyhow::Result<Self> {
         let cluster = format!("alone-{}", uuid::Uuid::new_v4().simple());
         let [http, listen] = free_addresses().context("no free port on 127.0.0.1")?;
         let home = home()?;
         let coordinator = CoordinatorOptions {
-            model: Some(model.to_owned()),
+            model: model.map(str::to_owned),
             cluster: cluster.as_str().into(),
             http,
             listen: Some(listen),

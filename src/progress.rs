@@ -28,6 +28,11 @@ pub(crate) fn suspended<T>(print: impl FnOnce() -> T) -> T {
     BARS.suspend(print)
 }
 
+/// Puts a bar below those that are there. None where stderr is no terminal.
+pub(crate) fn add_bar(bar: impl FnOnce() -> ProgressBar) -> Option<ProgressBar> {
+    io::stderr().is_terminal().then(|| BARS.add(bar()))
+}
+
 /// What is worth showing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Detail {

@@ -60,7 +60,7 @@ impl Target {
                 return Err(Failure::new(Exit::Usage, message).into());
             }
             (Err(_), Some(model)) => {
-                let local = LocalCluster::start(model, args.context, caches).await?;
+                let local = LocalCluster::start(Some(model), args.context, caches).await?;
                 Self { client: Client::new(local.url())?, model: String::new(), local: Some(local) }
             }
             (Err(cause), None) => {

@@ -4,6 +4,7 @@ use crate::{
     adapters::ServeAdapterError,
     core::{event::ClusterFailure, placement::WhyNot},
     model::ModelError,
+    training::store::StoreError,
 };
 use mlx_cluster_hub::HubErrorKind;
 use std::{io, net::SocketAddr};
@@ -30,6 +31,8 @@ pub enum CoordinatorError {
     NoNodes { cause: String },
     #[error("multicast DNS cannot be used: {0}; say with --memory what the machines have")]
     Mdns(mdns_sd::Error),
+    #[error(transparent)]
+    Jobs(#[from] StoreError),
     #[error("the HTTP server ended: {0}")]
     Http(io::Error),
     #[error("the service for workers ended: {0}")]
@@ -67,6 +70,7 @@ impl CoordinatorError {
             }
             Self::Cluster(_) | Self::PortInUse { .. } | Self::Listen { .. } => ErrorKind::Network,
             Self::SecondCoordinator { .. } | Self::NoNodes { .. } | Self::Mdns(_) => ErrorKind::Network,
+            Self::Jobs(_) => ErrorKind::Resources,
             Self::Http(_) | Self::Grpc(_) | Self::Task { .. } => ErrorKind::Internal,
         }
     }

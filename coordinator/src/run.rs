@@ -14,6 +14,10 @@ use crate::{
     grpc, loading, model,
     report::{self, Reporter},
     serving::{ClusterStatus, InstanceState, Serving},
+    training::{
+        jobs::{JobParts, Jobs, JobsTask},
+        runner::ClusterRunner,
+    },
 };
 use mlx_cluster_common::{
     cache::CacheOptions,
@@ -43,6 +47,8 @@ const COMMANDS: usize = 64;
 const FOUND: usize = 64;
 /// A part that was told to end gets this long.
 const PART_TIMEOUT: Duration = Duration::from_secs(2);
+/// A job that runs may save a checkpoint, before its engines are taken away.
+const JOBS_TIMEOUT: Duration = Duration::from_secs(4);
 /// The HTTP server may finish sending.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(6);
 
@@ -115,13 +121,21 @@ pub async fn run_with(options: CoordinatorOptions, shutdown: CancellationToken, 
     let (commands, commands_out) = mpsc::channel(COMMANDS);
     let (status, status_out) = watch::channel(Arc::new(starting(&options)));
     let (served, served_out) = watch::channel(None);
+    let parts = JobParts { home: options.home.clone(), runner: Box::new(ClusterRunner), commands: commands.clone() };
+    let (jobs, jobs_task) = Jobs::open(parts)?;
     let serving = Serving { commands, status: status_out, model: served_out };
     let http_stop = CancellationToken::new();
     let url = format!("http://{}", local_address(&http, options.http));
-    let server = tokio::spawn(api::serve(http, serving, http_stop.clone()));
+    let server = tokio::spawn(api::serve(http, serving, jobs, http_stop.clone()));
 
     let channels = Channels { commands: commands_out, status, served };
-    let mut result = serve(&options, grpc, url, channels, shutdown, reporter).await;
+    let (jobs_stop, engines_stop) = (shutdown.child_token(), CancellationToken::new());
+    let jobs_end = tokio::spawn(end_jobs_first(jobs_task, jobs_stop.clone(), engines_stop.clone()));
+    let mut result = serve(&options, grpc, url, channels, engines_stop, reporter).await;
+    jobs_stop.cancel();
+    if let (Err(error), true) = (jobs_end.await, result.is_ok()) {
+        result = Err(CoordinatorError::Task { cause: error.to_string() });
+    }
     http_stop.cancel();
     match timeout(HTTP_TIMEOUT, server).await {
         Ok(Ok(Err(error))) if result.is_ok() => result = Err(CoordinatorError::Http(error)),
@@ -129,6 +143,12 @@ pub async fn run_with(options: CoordinatorOptions, shutdown: CancellationToken, 
         _ => {}
     }
     result
+}
+
+async fn end_jobs_first(jobs: JobsTask, stop: CancellationToken, engines_stop: CancellationToken) {
+    stop.cancelled().await;
+    jobs.stop(JOBS_TIMEOUT).await;
+    engines_stop.cancel();
 }
 
 /// What connects the driver to the API.

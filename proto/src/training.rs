@@ -67,7 +67,7 @@ mod tests {
             MicroBatch::try_from(rows)
         };
         assert!(broken(|rows| rows.batch_targets = 0).is_err());
-        assert!(broken(|rows| drop(rows.rows[0].targets.pop())).is_err());
+        assert!(broken(|rows| rows.rows[0].targets.truncate(2)).is_err());
         assert!(broken(|rows| rows.rows[0].counted_end = 4).is_err());
         assert!(broken(|rows| rows.rows[1].counted_start = 3).is_err());
     }

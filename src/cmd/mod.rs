@@ -6,10 +6,10 @@ mod engine;
 mod evaluate;
 mod fuse;
 mod generate;
+mod jobs;
 mod models;
 mod plan;
 mod status;
-#[expect(dead_code, reason = "the verb comes with its client")]
 mod train;
 mod worker;
 
@@ -44,6 +44,8 @@ enum Verb {
     Coordinator(coordinator::CoordinatorArgs),
     Generate(generate::GenerateArgs),
     Chat(chat::ChatArgs),
+    Train(Box<train::TrainArgs>),
+    Jobs(jobs::JobsArgs),
     Plan(plan::PlanArgs),
     Models(models::ModelsArgs),
     Status(status::StatusArgs),
@@ -72,6 +74,8 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Verb::Coordinator(args) => coordinator::run(args).await,
             Verb::Generate(args) => generate::run(args).await,
             Verb::Chat(args) => chat::run(args).await,
+            Verb::Train(args) => train::run(*args).await,
+            Verb::Jobs(args) => jobs::run(args).await,
             Verb::Plan(args) => plan::run(args).await,
             Verb::Models(args) => models::run(args).await,
             Verb::Status(args) => status::run(args).await,

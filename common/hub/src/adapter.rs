@@ -5,7 +5,7 @@ use crate::{
     json_file::{JsonFileError, read_config},
 };
 use mlx_cluster_common::{
-    training::{Adapter, AdapterError, adapter::AdapterConfig},
+    training::{Adapter, AdapterConfig, AdapterError},
     weights::{TensorEntry, WeightIndex},
 };
 use std::path::{Path, PathBuf};

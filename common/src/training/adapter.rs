@@ -2,7 +2,7 @@
 
 use super::{
     fine_tune::{FineTune, LoraParameters},
-    matrices::{Module, ModuleKind, modules},
+    matrices::{MatrixKind, ModelMatrix, matrices},
 };
 use crate::{
     dtype::DType,
@@ -169,7 +169,7 @@ impl Adapter {
     /// a `[in, r]` and b `[r, out]`, of experts a `[E, r, in]` and b `[E, out, r]`, of an embedding a `[V, r]` and b `[r, d]`, magnitudes
     /// `[out]` or `[V]`. `base` is what the model is called in an error.
     pub fn check_against(&self, spec: &ModelSpec, map: &WeightMap, base: &str) -> Result<(), AdapterError> {
-        let modules = modules(spec, map);
+        let modules = matrices(spec, map);
         let parameters: BTreeMap<&str, &Parameter> =
             map.parts.values().flatten().map(|parameter| (parameter.name.as_str(), parameter)).collect();
         let misfits: Vec<String> =
@@ -184,7 +184,7 @@ impl Adapter {
         &self,
         name: &str,
         entry: &TensorEntry,
-        modules: &BTreeMap<&str, Module>,
+        modules: &BTreeMap<&str, ModelMatrix>,
         parameters: &BTreeMap<&str, &Parameter>,
     ) -> Option<String> {
         let shape_of =
@@ -202,15 +202,15 @@ impl Adapter {
         };
         let (rank, dora) = (u64::from(*rank), matches!(self.config.fine_tune, FineTune::Dora(_)));
         match (module.kind, &module.shape[..]) {
-            (ModuleKind::HeadLinear, _) => Some(format!("`{name}`: `{path}` has a matrix for each head, which no adapter changes")),
-            (ModuleKind::Experts, _) if dora => Some(format!("`{name}`: `{path}` is a stack of experts, for which there is no DoRA")),
-            (ModuleKind::Experts, [experts, output, input]) => match ending {
+            (MatrixKind::HeadLinear, _) => Some(format!("`{name}`: `{path}` has a matrix for each head, which no adapter changes")),
+            (MatrixKind::Experts, _) if dora => Some(format!("`{name}`: `{path}` is a stack of experts, for which there is no DoRA")),
+            (MatrixKind::Experts, [experts, output, input]) => match ending {
                 "lora_a" => shape_of(&[*experts, rank, *input]),
                 _ => shape_of(&[*experts, *output, rank]),
             },
             // Of an embedding a has the rows of the table, of a linear the inputs.
             (kind, [rows, columns]) => {
-                let (of_a, of_b) = if kind == ModuleKind::Embedding { (*rows, *columns) } else { (*columns, *rows) };
+                let (of_a, of_b) = if kind == MatrixKind::Embedding { (*rows, *columns) } else { (*columns, *rows) };
                 match ending {
                     "lora_a" => shape_of(&[of_a, rank]),
                     "lora_b" => shape_of(&[rank, of_b]),

@@ -2,7 +2,7 @@
 
 use super::{
     adapter::{Adapter, Change},
-    matrices::{Module, modules},
+    matrices::{ModelMatrix, matrices},
 };
 use crate::{
     dtype::DType,
@@ -29,7 +29,7 @@ pub enum NewValue<'a> {
     /// The tensor of its name in the adapter.
     Replaced(&'a Parameter),
     /// The matrix as numbers, with the change if there is one.
-    Matrix { module: Module<'a>, change: Option<&'a Change> },
+    Matrix { module: ModelMatrix<'a>, change: Option<&'a Change> },
 }
 
 /// A change of the base with the tensors that it goes to.
@@ -71,7 +71,7 @@ impl<'a> FusePlan<'a> {
     /// `adapter` has to fit ([`Adapter::check_against`]). With `dequantize`, and quantised matrices or others without a way back in the base,
     /// all parameters are written anew; else the checkpoint keeps its layout.
     pub fn new(spec: &'a ModelSpec, map: &'a WeightMap, adapter: &'a Adapter, dequantize: bool) -> Result<Self, FuseError> {
-        let modules = modules(spec, map);
+        let modules = matrices(spec, map);
         let is_quantised = spec.quantization.published.is_some() || modules.values().any(|module| module.quantised.is_some());
         if dequantize && is_quantised {
             return Ok(Self::Canonical(canonical(map, &modules, adapter)));
@@ -95,7 +95,7 @@ fn all_parameters(map: &WeightMap) -> impl Iterator<Item = &Parameter> {
     map.parts.values().flatten().filter(move |parameter| seen.insert(parameter.name.as_str()))
 }
 
-fn canonical<'a>(map: &'a WeightMap, modules: &BTreeMap<&str, Module<'a>>, adapter: &'a Adapter) -> Vec<CanonicalTensor<'a>> {
+fn canonical<'a>(map: &'a WeightMap, modules: &BTreeMap<&str, ModelMatrix<'a>>, adapter: &'a Adapter) -> Vec<CanonicalTensor<'a>> {
     let changes = adapter.changes();
     let tensor = |parameter: &'a Parameter| {
         let (path, suffix) = parameter.name.rsplit_once('.').unwrap_or_default();
@@ -118,7 +118,11 @@ fn canonical<'a>(map: &'a WeightMap, modules: &BTreeMap<&str, Module<'a>>, adapt
     all_parameters(map).filter_map(tensor).collect()
 }
 
-fn as_published<'a>(map: &'a WeightMap, modules: &BTreeMap<&str, Module<'a>>, adapter: &'a Adapter) -> Result<Vec<Rewrite<'a>>, FuseError> {
+fn as_published<'a>(
+    map: &'a WeightMap,
+    modules: &BTreeMap<&str, ModelMatrix<'a>>,
+    adapter: &'a Adapter,
+) -> Result<Vec<Rewrite<'a>>, FuseError> {
     let parameters: BTreeMap<&str, &Parameter> = all_parameters(map).map(|parameter| (parameter.name.as_str(), parameter)).collect();
     let mut rewrites = Vec::new();
     for (name, change) in adapter.changes() {

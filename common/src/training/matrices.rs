@@ -8,7 +8,7 @@ use crate::{
 use std::collections::BTreeMap;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ModuleKind {
+pub enum MatrixKind {
     Linear,
     Experts,
     Embedding,
@@ -18,9 +18,9 @@ pub enum ModuleKind {
 
 /// A matrix of the model, or a stack of them, `[.., output, input]`; of an embedding `[vocab_size, dims]`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Module<'a> {
+pub struct ModelMatrix<'a> {
     pub path: &'a str,
-    pub kind: ModuleKind,
+    pub kind: MatrixKind,
     /// Of the matrix as numbers, quantised or not.
     pub shape: Vec<u64>,
     pub weight: &'a Parameter,
@@ -36,7 +36,7 @@ pub struct Quantised<'a> {
     pub biases: Option<&'a Parameter>,
 }
 
-impl Module<'_> {
+impl ModelMatrix<'_> {
     /// The type of the matrix as numbers, as MLX dequantises it.
     pub fn dtype(&self) -> DType {
         match &self.quantised {
@@ -48,17 +48,17 @@ impl Module<'_> {
 }
 
 /// By path. A head that is tied to the embedding is none.
-pub fn modules<'a>(spec: &'a ModelSpec, map: &'a WeightMap) -> BTreeMap<&'a str, Module<'a>> {
+pub fn matrices<'a>(spec: &'a ModelSpec, map: &'a WeightMap) -> BTreeMap<&'a str, ModelMatrix<'a>> {
     let mut modules = BTreeMap::new();
     for part in spec.parts() {
         let parameters: BTreeMap<&str, &Parameter> =
             map.parts.get(&part).into_iter().flatten().map(|parameter| (parameter.name.as_str(), parameter)).collect();
         for weight in spec.weights(part) {
             let (kind, shape) = match weight {
-                Weight::Linear(linear) => (ModuleKind::Linear, vec![linear.output_dims, linear.input_dims]),
-                Weight::Embedding(embedding) => (ModuleKind::Embedding, vec![embedding.vocab_size, embedding.dims]),
-                Weight::Experts(experts) => (ModuleKind::Experts, vec![experts.n_experts, experts.output_dims, experts.input_dims]),
-                Weight::HeadLinear(linear) => (ModuleKind::HeadLinear, vec![linear.n_heads, linear.output_dims, linear.input_dims]),
+                Weight::Linear(linear) => (MatrixKind::Linear, vec![linear.output_dims, linear.input_dims]),
+                Weight::Embedding(embedding) => (MatrixKind::Embedding, vec![embedding.vocab_size, embedding.dims]),
+                Weight::Experts(experts) => (MatrixKind::Experts, vec![experts.n_experts, experts.output_dims, experts.input_dims]),
+                Weight::HeadLinear(linear) => (MatrixKind::HeadLinear, vec![linear.n_heads, linear.output_dims, linear.input_dims]),
                 Weight::Norm(_) | Weight::Convolution(_) | Weight::Tensor(_) => continue,
             };
             let path = weight.path();
@@ -67,7 +67,7 @@ pub fn modules<'a>(spec: &'a ModelSpec, map: &'a WeightMap) -> BTreeMap<&'a str,
             let quantised = find("scales").zip(spec.quantization.scheme(path));
             let quantised = quantised.map(|(scales, scheme)| Quantised { scheme, scales, biases: find("biases") });
             let shape = shape.into_iter().map(u64::from).collect();
-            modules.insert(path, Module { path, kind, shape, weight, quantised });
+            modules.insert(path, ModelMatrix { path, kind, shape, weight, quantised });
         }
     }
     modules

@@ -14,12 +14,13 @@ pub mod schedule;
 pub mod strategy;
 pub mod trained;
 
-pub use adapter::{Adapter, AdapterError, Change};
+pub use adapter::{Adapter, AdapterConfig, AdapterError, Change};
 pub use batch::{MicroBatch, Row};
-pub use config::{AdapterConfig, TrainingConfig, TrainingConfigError};
+pub use config::{TrainingConfig, TrainingConfigError};
 pub use fine_tune::{FineTune, LoraParameters};
 pub use fuse::{FuseError, FusePlan};
-pub use modules::{Module, ModuleShape, TrainedError, TrainedParameter};
+pub use matrices::{MatrixKind, ModelMatrix};
+pub use modules::{Module, ModuleShape, TrainedError};
 pub use optimizer::Optimizer;
 pub use plan::TrainingPlan;
 pub use role::{Parallel, TrainingRole};

@@ -1,11 +1,8 @@
-//! Which modules of a model an adapter sits on, and which parameters a run trains.
+//! Which modules of a model an adapter sits on.
 
 use super::{FineTune, LoraParameters};
-use crate::{
-    spec::{ModelSpec, Part, Weight},
-    weights::WeightMap,
-};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::spec::{ModelSpec, Part, Weight};
+use std::collections::BTreeSet;
 
 /// A matrix that can have low-rank factors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,13 +16,6 @@ pub enum ModuleShape {
     Linear { input: u32, output: u32 },
     Experts { n: u32, input: u32, output: u32 },
     Table { rows: u32, dims: u32 },
-}
-
-/// A parameter that a run trains.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TrainedParameter {
-    pub name: String,
-    pub shape: Vec<u32>,
 }
 
 /// Why nothing can be trained so.
@@ -87,80 +77,47 @@ impl ModelSpec {
         self.weights(part).into_iter().filter_map(module).collect()
     }
 
-    /// The modules that have factors, by part. As in mlx-lm, keys are paths inside a layer, for the last `num_layers`, or whole paths.
-    pub fn adapted(&self, parameters: &LoraParameters, num_layers: Option<u32>) -> Result<BTreeMap<Part, Vec<Module>>, TrainedError> {
-        let first = self.first_trained(num_layers)?;
-        let mut adapted: BTreeMap<Part, Vec<Module>> = BTreeMap::new();
-        let mut met = BTreeSet::new();
-        for part in self.parts() {
-            for module in self.modules(part) {
-                let inside = inside_layer(&module.path, part);
-                let is_late = matches!(part, Part::Layer(layer) if layer >= first);
-                let wanted = match &parameters.keys {
-                    None => is_late,
-                    Some(keys) => {
-                        let key = [Some(module.path.as_str()), inside].into_iter().flatten().find(|key| keys.contains(*key));
-                        met.extend(key.map(str::to_owned));
-                        keys.contains(&module.path) || (is_late && inside.is_some_and(|inside| keys.contains(inside)))
-                    }
-                };
-                if wanted {
-                    adapted.entry(part).or_default().push(module);
-                }
+    /// The modules of a part that have factors. As in mlx-lm, keys are paths inside one of the last `num_layers` layers, or whole paths; without
+    /// keys it is all modules of these layers.
+    pub fn adapted(&self, part: Part, parameters: &LoraParameters, num_layers: Option<u32>) -> Vec<Module> {
+        let is_late = self.is_late(part, num_layers);
+        let is_chosen = |module: &Module| match &parameters.keys {
+            None => is_late,
+            Some(keys) => {
+                let inside = inside_layer(&module.path, part).filter(|_| is_late);
+                keys.contains(&module.path) || inside.is_some_and(|inside| keys.contains(inside))
             }
-        }
-        match parameters.keys.iter().flatten().find(|key| !met.contains(*key)) {
-            Some(key) => Err(TrainedError::UnknownKey { key: key.clone(), hint: self.nearest_module(key) }),
-            None => Ok(adapted),
-        }
-    }
-
-    /// Every parameter that a run trains, by part.
-    pub fn trained(
-        &self,
-        weights: &WeightMap,
-        fine_tune: &FineTune,
-        num_layers: Option<u32>,
-    ) -> Result<BTreeMap<Part, Vec<TrainedParameter>>, TrainedError> {
-        let Some(parameters) = fine_tune.lora() else {
-            let first = self.first_trained(num_layers)?;
-            let whole = (first..self.n_layers()).map(Part::Layer).map(|part| {
-                // Quantised modules stay as they are, with their biases.
-                let all = weights.parts.get(&part).map(Vec::as_slice).unwrap_or_default();
-                let quantised: BTreeSet<&str> = all.iter().filter_map(|parameter| parameter.name.strip_suffix(".scales")).collect();
-                let is_quantised = |name: &str| name.rsplit_once('.').is_some_and(|(path, _)| quantised.contains(path));
-                let parameters = all.iter().filter(|parameter| parameter.dtype.is_float() && !is_quantised(&parameter.name));
-                let parameter = |parameter: &crate::weights::Parameter| TrainedParameter {
-                    name: parameter.name.clone(),
-                    shape: parameter.shape.iter().map(|dim| *dim as u32).collect(),
-                };
-                (part, parameters.map(parameter).collect())
-            });
-            return Ok(whole.collect());
         };
-        let is_dora = matches!(fine_tune, FineTune::Dora(_));
-        let mut trained: BTreeMap<Part, Vec<TrainedParameter>> = BTreeMap::new();
-        for (part, modules) in self.adapted(parameters, num_layers)? {
-            for Module { path, shape } in modules {
-                if is_dora && matches!(shape, ModuleShape::Experts { .. }) {
-                    return Err(TrainedError::DoraOnExperts { path });
-                }
-                let (a, b) = shape.factors(parameters.rank);
-                let own = trained.entry(part).or_default();
-                own.push(TrainedParameter { name: format!("{path}.lora_a"), shape: a });
-                own.push(TrainedParameter { name: format!("{path}.lora_b"), shape: b });
-                if is_dora {
-                    own.push(TrainedParameter { name: format!("{path}.m"), shape: vec![shape.magnitudes()] });
-                }
-            }
-        }
-        Ok(trained)
+        self.modules(part).into_iter().filter(is_chosen).collect()
     }
 
-    fn first_trained(&self, num_layers: Option<u32>) -> Result<u32, TrainedError> {
+    /// Whether a part is one of the model's last layers.
+    pub(super) fn is_late(&self, part: Part, num_layers: Option<u32>) -> bool {
+        match part {
+            Part::Layer(layer) => self.n_layers().saturating_sub(layer) <= num_layers.unwrap_or(u32::MAX),
+            _ => false,
+        }
+    }
+
+    /// Whether what is asked for is there, and can be trained so.
+    pub(super) fn check_trained(&self, fine_tune: &FineTune, num_layers: Option<u32>) -> Result<(), TrainedError> {
         let layers = self.n_layers();
-        let wanted = num_layers.unwrap_or(layers);
-        layers.checked_sub(wanted).ok_or(TrainedError::TooManyLayers { wanted, layers })
+        if let Some(wanted) = num_layers.filter(|wanted| *wanted > layers) {
+            return Err(TrainedError::TooManyLayers { wanted, layers });
+        }
+        let Some(parameters) = fine_tune.lora() else { return Ok(()) };
+        let all = || self.parts().into_iter().flat_map(|part| self.modules(part).into_iter().map(move |module| (part, module)));
+        for key in parameters.keys.iter().flatten() {
+            if !all().any(|(part, module)| module.path == *key || inside_layer(&module.path, part) == Some(key)) {
+                return Err(TrainedError::UnknownKey { key: key.clone(), hint: self.nearest_module(key) });
+            }
+        }
+        let adapted = self.parts().into_iter().flat_map(|part| self.adapted(part, parameters, num_layers));
+        let stack = adapted.into_iter().find(|module| matches!(module.shape, ModuleShape::Experts { .. }));
+        match stack.filter(|_| matches!(fine_tune, FineTune::Dora(_))) {
+            Some(Module { path, .. }) => Err(TrainedError::DoraOnExperts { path }),
+            None => Ok(()),
+        }
     }
 
     fn nearest_module(&self, key: &str) -> Option<String> {

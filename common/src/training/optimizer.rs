@@ -51,7 +51,8 @@ impl Optimizer {
 
     /// How many numbers are remembered of a parameter of this shape.
     pub fn state_numbers(&self, shape: &[u64]) -> u64 {
-        self.state(shape).iter().map(|(_, shape)| shape.iter().product::<u64>()).sum()
+        let numbers = |shape: &[u64]| shape.iter().copied().fold(1, u64::saturating_mul);
+        self.state(shape).iter().map(|(_, shape)| numbers(shape)).fold(0, u64::saturating_add)
     }
 }
 

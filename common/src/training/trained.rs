@@ -1,12 +1,15 @@
 //! Which parameters are trained, and how many numbers an optimizer keeps beside them.
 
-use super::{FineTune, LoraParameters, Optimizer, TrainingRole};
+use super::{FineTune, Module, Optimizer, TrainedError, TrainingRole};
 use crate::{
     dtype::DType,
-    spec::{ModelSpec, Part, Weight},
+    spec::{ModelSpec, Part},
     weights::{Parameter, WeightMap},
 };
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// One array that the optimizer changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,16 +33,7 @@ impl Trained {
 impl TrainingRole {
     /// What of a part is trained: `spec` and `map` may be those of a tensor-parallel rank.
     pub fn trained(&self, spec: &ModelSpec, map: &WeightMap, part: Part) -> Vec<Trained> {
-        let is_late = match part {
-            Part::Layer(layer) => spec.n_layers().saturating_sub(layer) <= self.num_layers.unwrap_or(u32::MAX),
-            _ => false,
-        };
-        match &self.fine_tune {
-            FineTune::Full if is_late => whole(map, part),
-            FineTune::Full => Vec::new(),
-            FineTune::Lora(lora) => factors(spec, part, lora, is_late, false),
-            FineTune::Dora(lora) => factors(spec, part, lora, is_late, true),
-        }
+        trained_of(spec, map, part, &self.fine_tune, self.num_layers)
     }
 
     /// Whether the update of one number depends on numbers that other ranks of a tensor-parallel group have. Factors are whole on every rank.
@@ -54,6 +48,29 @@ impl TrainingRole {
             return 0;
         }
         (0..spec.n_layers()).find(|layer| is_trained(Part::Layer(*layer))).unwrap_or(spec.n_layers())
+    }
+}
+
+fn trained_of(spec: &ModelSpec, map: &WeightMap, part: Part, fine_tune: &FineTune, num_layers: Option<u32>) -> Vec<Trained> {
+    match fine_tune {
+        FineTune::Full if spec.is_late(part, num_layers) => whole(map, part),
+        FineTune::Full => Vec::new(),
+        FineTune::Lora(lora) => factors(spec.adapted(part, lora, num_layers), lora.rank, false),
+        FineTune::Dora(lora) => factors(spec.adapted(part, lora, num_layers), lora.rank, true),
+    }
+}
+
+impl ModelSpec {
+    /// Everything that a run trains, by part; an error where what is asked for is not there.
+    pub fn trained(
+        &self,
+        map: &WeightMap,
+        fine_tune: &FineTune,
+        num_layers: Option<u32>,
+    ) -> Result<BTreeMap<Part, Vec<Trained>>, TrainedError> {
+        self.check_trained(fine_tune, num_layers)?;
+        let trained = |part: Part| (part, trained_of(self, map, part, fine_tune, num_layers));
+        Ok(self.parts().into_iter().map(trained).filter(|(_, own)| !own.is_empty()).collect())
     }
 }
 
@@ -76,47 +93,17 @@ fn whole(map: &WeightMap, part: Part) -> Vec<Trained> {
 }
 
 /// Factors in f32 beside the chosen modules, in the shapes of mlx-lm's adapters.
-fn factors(spec: &ModelSpec, part: Part, lora: &LoraParameters, is_late: bool, magnitudes: bool) -> Vec<Trained> {
-    let rank = u64::from(lora.rank);
+fn factors(modules: Vec<Module>, rank: u32, magnitudes: bool) -> Vec<Trained> {
     let mut trained = Vec::new();
-    for weight in spec.weights(part) {
-        let path = weight.path();
-        let (a, b, outputs) = match weight {
-            Weight::Linear(linear) => {
-                let (inputs, outputs) = (u64::from(linear.input_dims), u64::from(linear.output_dims));
-                (vec![inputs, rank], vec![rank, outputs], vec![outputs])
-            }
-            Weight::Experts(experts) => {
-                let (n, inputs, outputs) = (u64::from(experts.n_experts), u64::from(experts.input_dims), u64::from(experts.output_dims));
-                (vec![rank.saturating_mul(n), inputs], vec![n, outputs, rank], vec![n, outputs])
-            }
-            Weight::Embedding(table) => {
-                let rows = u64::from(table.vocab_size);
-                (vec![rows, rank], vec![rank, u64::from(table.dims)], vec![rows])
-            }
-            _ => continue,
-        };
-        if !is_chosen(path, part, lora.keys.as_ref(), is_late) {
-            continue;
-        }
-        let mut add = |suffix: &str, shape| trained.push(Trained { name: format!("{path}.{suffix}"), shape, dtype: DType::F32 });
-        add("lora_a", a);
-        add("lora_b", b);
-        if magnitudes {
-            add("m", outputs);
+    for Module { path, shape } in modules {
+        let (a, b) = shape.factors(rank);
+        let magnitudes = magnitudes.then(|| ("m", vec![shape.magnitudes()]));
+        for (suffix, shape) in [("lora_a", a), ("lora_b", b)].into_iter().chain(magnitudes) {
+            let shape = shape.into_iter().map(u64::from).collect();
+            trained.push(Trained { name: format!("{path}.{suffix}"), shape, dtype: DType::F32 });
         }
     }
     trained
-}
-
-/// By the path from the root, or inside one of the last layers. Without keys everything in these.
-fn is_chosen(path: &str, part: Part, keys: Option<&BTreeSet<String>>, is_late: bool) -> bool {
-    let Some(keys) = keys else { return is_late };
-    let inside = match part {
-        Part::Layer(layer) if is_late => path.split_once(&format!(".{layer}.")).map(|(_, inside)| inside),
-        _ => None,
-    };
-    keys.contains(path) || inside.is_some_and(|inside| keys.contains(inside))
 }
 
 #[cfg(test)]
@@ -124,7 +111,8 @@ mod tests {
     use super::*;
     use crate::{
         architectures::read_spec,
-        training::{Parallel, Schedule, optimizer::Adafactor},
+        spec::Weight,
+        training::{LoraParameters, Parallel, Schedule, optimizer::Adafactor},
         units::Bytes,
         weights::{TensorEntry, WeightIndex},
     };

@@ -144,11 +144,16 @@ async fn stream(api: &Api, mut run: Run, meta: Meta, answer: Answer, streamed: S
         Ok(next) => pieces.take(next),
         Err(_) => {}
     }
+    Ok(sse(pieces.into_events()))
+}
+
+/// A stream of events, with pings in its silences.
+pub(super) fn sse(events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static) -> Response {
     let pings = KeepAlive::new().interval(PING_INTERVAL).text("ping");
-    let mut response = Sse::new(pieces.into_events()).keep_alive(pings).into_response();
+    let mut response = Sse::new(events).keep_alive(pings).into_response();
     // Proxies in front of us shall not collect events either.
     response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    response
 }
 
 /// The events of one streamed answer.

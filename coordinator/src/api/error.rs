@@ -73,6 +73,20 @@ pub(super) enum ApiError {
     /// The message of a [`LoadError`], and what kind of error it is.
     #[error("{message}")]
     Load { message: String, kind: LoadErrorKind },
+    /// The message of a [`JobError`](crate::training::jobs::JobError), and what kind of error it is.
+    #[error("{message}")]
+    Job { message: String, kind: JobErrorKind },
+}
+
+/// What a client can do about a job that is not as it wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum JobErrorKind {
+    NotFound,
+    /// The job is not in a state for this.
+    Conflict,
+    /// Ask again when another one has ended.
+    TooMany,
+    Internal,
 }
 
 /// What a client can do about a model that is not loaded.
@@ -115,6 +129,12 @@ impl ApiError {
                 LoadErrorKind::Network => StatusCode::BAD_GATEWAY,
                 LoadErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             },
+            E::Job { kind, .. } => match kind {
+                JobErrorKind::NotFound => StatusCode::NOT_FOUND,
+                JobErrorKind::Conflict => StatusCode::CONFLICT,
+                JobErrorKind::TooMany => StatusCode::TOO_MANY_REQUESTS,
+                JobErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            },
         }
     }
 
@@ -149,6 +169,12 @@ impl ApiError {
             E::Failure(RequestFailure::Broken { .. }) => "worker_failed",
             E::Load { kind: LoadErrorKind::Conflict, .. } => "conflict",
             E::Load { .. } => "model_not_loaded",
+            E::Job { kind, .. } => match kind {
+                JobErrorKind::NotFound => "job_not_found",
+                JobErrorKind::Conflict => "conflict",
+                JobErrorKind::TooMany => "overloaded",
+                JobErrorKind::Internal => "job_failed",
+            },
         }
     }
 

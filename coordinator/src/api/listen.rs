@@ -1,7 +1,7 @@
 //! The listening side: connections with their limits, and an end that lets open answers finish.
 
 use super::{Api, guard::Guard, router};
-use crate::serving::Serving;
+use crate::{serving::Serving, training::jobs::Jobs};
 use axum::Router;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -39,9 +39,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// When the address of the listener cannot be told, or the figures cannot be set up.
-pub async fn serve(listener: TcpListener, serving: Serving, shutdown: CancellationToken) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, serving: Serving, jobs: Jobs, shutdown: CancellationToken) -> io::Result<()> {
     let guard = Guard { loopback: listener.local_addr()?.ip().is_loopback() };
-    let api = Arc::new(Api::new(serving, guard).map_err(io::Error::other)?);
+    let api = Arc::new(Api::new(serving, jobs, guard).map_err(io::Error::other)?);
     let app = router(Arc::clone(&api));
     let mut connections = JoinSet::new();
     accept(&listener, &api, &app, &mut connections, &shutdown).await;

@@ -14,6 +14,7 @@ mod fields;
 mod generation;
 mod guard;
 mod health;
+mod jobs;
 mod json;
 mod listen;
 mod load;
@@ -30,7 +31,10 @@ mod tests;
 
 pub use listen::serve;
 
-use crate::serving::{AdapterState, AdapterStatus, ClusterStatus, InstanceState, ServedModel, Serving};
+use crate::{
+    serving::{AdapterState, AdapterStatus, ClusterStatus, InstanceState, ServedModel, Serving},
+    training::jobs::Jobs,
+};
 use axum::{
     Router,
     extract::{Request, State},
@@ -50,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 /// What all handlers share.
 struct Api {
     serving: Serving,
+    jobs: Jobs,
     metrics: Arc<Metrics>,
     guard: Guard,
     text: TextWork,
@@ -60,10 +65,10 @@ struct Api {
 }
 
 impl Api {
-    fn new(serving: Serving, guard: Guard) -> Result<Self, BuildError> {
+    fn new(serving: Serving, jobs: Jobs, guard: Guard) -> Result<Self, BuildError> {
         let metrics = Arc::new(Metrics::new()?);
         let text = TextWork::default();
-        Ok(Self { serving, metrics, guard, text, stopping: CancellationToken::new(), cut: CancellationToken::new() })
+        Ok(Self { serving, jobs, metrics, guard, text, stopping: CancellationToken::new(), cut: CancellationToken::new() })
     }
 
     fn status(&self) -> Arc<ClusterStatus> {
@@ -152,6 +157,12 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v1/cluster", get(cluster::cluster))
         .route("/v1/cluster/load", post(load::load))
         .route("/v1/cluster/unload", post(load::unload))
+        .route("/v1/jobs", get(jobs::list).post(jobs::start))
+        .route("/v1/jobs/{id}", get(jobs::show))
+        .route("/v1/jobs/{id}/events", get(jobs::events))
+        .route("/v1/jobs/{id}/stop", post(jobs::stop))
+        .route("/v1/jobs/{id}/resume", post(jobs::resume))
+        .route("/v1/jobs/{id}/metrics", get(jobs::metrics))
         .route("/health", get(health::health))
         .route("/metrics", get(render_metrics))
         .fallback(no_such_path)

@@ -1,7 +1,10 @@
 //! The streams to the engines of a job, for one epoch: orders out, reports in.
 
+use super::{
+    checkpoint::SavedTensor,
+    data::{MicroLimits, divide},
+};
 use crate::core::event::EngineAt;
-use bytes::Bytes;
 use mlx_cluster_common::{
     ids::Epoch,
     training::{MicroBatch, Parallel, Row, TrainingPlan},
@@ -21,8 +24,6 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::data::{MicroLimits, divide};
-
 /// An engine says something each second; one that says nothing for so long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// One that is at work and gets no micro-batch done for so long hangs.
@@ -38,28 +39,17 @@ pub(super) struct Fault {
     pub(super) message: String,
 }
 
-/// What a batch came to.
+/// What batches came to that were worked on without a pause.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct BatchDone {
-    /// The mean loss over the targets that count.
-    pub(super) loss: f64,
+pub(super) struct Done {
+    /// By batch: the mean loss over the targets that count.
+    pub(super) losses: BTreeMap<u64, f64>,
     pub(super) learning_rate: f32,
     /// Of all engines together.
     pub(super) busy: Duration,
     pub(super) waiting: Duration,
     /// By worker: most bytes that MLX had in use.
     pub(super) peaks: BTreeMap<String, u64>,
-}
-
-/// A tensor of a checkpoint.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct SavedTensor {
-    pub(super) is_optimizer: bool,
-    pub(super) name: String,
-    /// As safetensors call it.
-    pub(super) dtype: String,
-    pub(super) shape: Vec<u64>,
-    pub(super) data: Bytes,
 }
 
 /// How rows are spread over the engines.
@@ -119,7 +109,8 @@ impl Engines {
         let mut trained = 0;
         for engine in &mut self.all {
             for tensor in restored {
-                engine.order(Order::Restore(tensor.clone().into())).await?;
+                let tensor = wire::SavedTensor::try_from(tensor.clone()).map_err(|error| fault(&engine.at, error.to_string()))?;
+                engine.order(Order::Restore(tensor)).await?;
             }
             engine.order(Order::Begin(wire::Begin { updates, has_optimizer })).await?;
         }
@@ -132,28 +123,35 @@ impl Engines {
         Ok(trained)
     }
 
-    /// Sends a batch on its way. `update_of`: after it comes an update from the gradients of so many batches.
-    pub(super) async fn send(&mut self, number: u64, rows: Vec<Row>, batch: u64, update_of: u32) -> Result<(), Fault> {
-        self.send_as(rows, batch, |micro_batches| Order::Iteration(wire::Iteration { number, micro_batches, update_of })).await
+    /// Sends batches, by number, on their way, to be worked on without a pause. `update_of`: after them comes an update from the gradients of so
+    /// many batches.
+    pub(super) async fn send(&mut self, batches: Vec<(u64, Vec<Row>)>, update_of: u32) -> Result<(), Fault> {
+        let number = batches.last().map_or(0, |(number, _)| *number);
+        self.send_as(batches, |micro_batches| Order::Iteration(wire::Iteration { number, micro_batches, update_of })).await
     }
 
     pub(super) async fn send_evaluation(&mut self, number: u64, rows: Vec<Row>) -> Result<(), Fault> {
-        self.send_as(rows, number, |micro_batches| Order::Evaluate(wire::Iteration { number, micro_batches, update_of: 0 })).await
+        self.send_as(vec![(number, rows)], |micro_batches| Order::Evaluate(wire::Iteration { number, micro_batches, update_of: 0 })).await
     }
 
-    async fn send_as(&mut self, rows: Vec<Row>, batch: u64, order: impl Fn(Vec<wire::TrainRows>) -> Order) -> Result<(), Fault> {
-        let divided = self.spread.divided(rows, batch);
+    async fn send_as(&mut self, batches: Vec<(u64, Vec<Row>)>, order: impl Fn(Vec<wire::TrainRows>) -> Order) -> Result<(), Fault> {
+        let mut by_rank: Vec<Vec<wire::TrainRows>> = vec![Vec::new(); self.spread.shares.len()];
+        for (number, rows) in batches {
+            for (own, micro_batches) in by_rank.iter_mut().zip(self.spread.divided(rows, number)) {
+                own.extend(micro_batches.into_iter().map(wire::TrainRows::from));
+            }
+        }
         for engine in &mut self.all {
-            let own = divided.get(engine.at.rank as usize).cloned().unwrap_or_default();
-            engine.order(order(own.into_iter().map(wire::TrainRows::from).collect())).await?;
+            let own = by_rank.get(engine.at.rank as usize).cloned().unwrap_or_default();
+            engine.order(order(own)).await?;
         }
         Ok(())
     }
 
-    /// Waits for a batch that was sent; they come back in the order in which they were sent.
-    pub(super) async fn done(&mut self, number: u64) -> Result<BatchDone, Fault> {
+    /// Waits for batches that were sent, by the number of the last one; they come back in the order in which they were sent.
+    pub(super) async fn done(&mut self, number: u64) -> Result<Done, Fault> {
         let zero = Duration::ZERO;
-        let mut all = BatchDone { loss: 0.0, learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
+        let mut all = Done { losses: BTreeMap::new(), learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
         let is_split = self.spread.parallel == Parallel::Tensor;
         for engine in &mut self.all {
             let done = match engine.report().await? {
@@ -162,7 +160,9 @@ impl Engines {
             };
             // Ranks that see the same rows have the same loss.
             if !is_split || engine.at.rank == 0 {
-                all.loss += done.loss;
+                for (batch, loss) in done.losses {
+                    *all.losses.entry(batch).or_default() += loss;
+                }
             }
             all.learning_rate = done.learning_rate;
             all.busy += Duration::from_nanos(done.busy_ns);
@@ -173,21 +173,16 @@ impl Engines {
     }
 
     /// What is trained, and what the optimizer remembers, tensor by tensor, each once.
-    pub(super) async fn save(
-        &mut self,
-        number: u64,
-        mut take: impl AsyncFnMut(SavedTensor) -> Result<(), String>,
-    ) -> Result<(), SaveError> {
+    pub(super) async fn save(&mut self, number: u64, mut take: impl FnMut(SavedTensor) -> Result<(), String>) -> Result<(), SaveError> {
         for engine in &mut self.all {
             engine.order(Order::Save(wire::Save { number, has_optimizer: true })).await?;
         }
         for engine in &mut self.all {
             loop {
                 match engine.report().await? {
-                    Report::Saved(wire::SavedTensor { is_optimizer, tensor: Some(tensor) }) => {
-                        let wire::Tensor { name, dtype, shape, data } = tensor;
-                        let shape = shape.into_iter().map(u64::from).collect();
-                        take(SavedTensor { is_optimizer, name, dtype, shape, data }).await.map_err(SaveError::Kept)?;
+                    Report::Saved(saved) => {
+                        let saved = SavedTensor::try_from(saved).map_err(|error| fault(&engine.at, error.to_string()))?;
+                        take(saved).map_err(SaveError::Kept)?;
                     }
                     Report::SaveEnded(ended) if ended == number => break,
                     _ => return Err(fault(&engine.at, "it reported something else than what it saves").into()),
@@ -209,14 +204,6 @@ pub(super) enum SaveError {
 impl From<Fault> for SaveError {
     fn from(fault: Fault) -> Self {
         SaveError::Engine(fault)
-    }
-}
-
-impl From<SavedTensor> for wire::SavedTensor {
-    fn from(saved: SavedTensor) -> Self {
-        let SavedTensor { is_optimizer, name, dtype, shape, data } = saved;
-        let shape = shape.into_iter().map(|dim| u32::try_from(dim).unwrap_or(u32::MAX)).collect();
-        Self { is_optimizer, tensor: Some(wire::Tensor { name, dtype, shape, data }) }
     }
 }
 

@@ -140,9 +140,14 @@ impl EventLog {
         self.next.send_replace(inner.next);
     }
 
-    /// The events from `number` on.
+    /// The events from `number` on, until the job ends.
     pub fn follow(self: &Arc<Self>, number: u64) -> Listener {
-        Listener { log: Arc::clone(self), changes: self.next.subscribe(), next: number, queue: VecDeque::new() }
+        Listener { log: Arc::clone(self), changes: self.next.subscribe(), next: number, queue: VecDeque::new(), waits: true }
+    }
+
+    /// The events from `number` on that there are.
+    pub fn past(self: &Arc<Self>, number: u64) -> Listener {
+        Listener { waits: false, ..self.follow(number) }
     }
 
     fn append(&self, inner: &mut Inner, event: &NumberedEvent) -> Result<(), FileError> {
@@ -195,6 +200,8 @@ pub struct Listener {
     changes: watch::Receiver<u64>,
     next: u64,
     queue: VecDeque<Arc<NumberedEvent>>,
+    /// For what is to come.
+    waits: bool,
 }
 
 /// Where the next events are.
@@ -236,7 +243,7 @@ impl Listener {
             let at = self.queue.partition_point(|event| event.number < progress.number);
             self.queue.insert(at, progress);
         }
-        match (self.queue.is_empty(), inner.is_active) {
+        match (self.queue.is_empty(), inner.is_active && self.waits) {
             (false, _) => Place::Queue,
             (true, true) => Place::Future,
             (true, false) => Place::End,
@@ -345,6 +352,7 @@ mod tests {
         log.report(progress(3));
         assert_eq!(listener.next().await.unwrap().event, progress(3));
         assert!(timeout(Duration::from_millis(20), listener.next()).await.is_err(), "nothing is told twice");
+        assert_eq!(all(log.past(2)).await.iter().map(|event| event.number).collect::<Vec<_>>(), [3, 4]);
         let text = fs::read_to_string(folder.path().join(EVENTS_FILE)).unwrap();
         assert_eq!(text, "{\"number\":0,\"event\":\"note\",\"text\":\"a\"}\n{\"number\":3,\"event\":\"note\",\"text\":\"b\"}\n");
     }

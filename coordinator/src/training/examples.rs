@@ -1,10 +1,10 @@
 //! What a job is trained on: its data sets, read once, and the batches that follow from them.
 
 use super::data::{
-    BatchError, BatchPlan, Batches, DataError, DataSet, DataSets, DataSource, Encoder, Features, Grouped, HubSet, ReadOptions, Wanted, locate,
-    pack, packing_note, read, test_only,
+    BatchError, BatchPlan, Batches, DataError, DataSet, DataSets, DataSource, Encoder, Features, Grouped, HubSet, ReadOptions, Wanted,
+    locate, pack, packing_note, read, test_only,
 };
-use mlx_cluster_common::training::{Row, TrainingConfig};
+use mlx_cluster_common::training::{Row, TrainingConfig, config};
 use mlx_cluster_hub::HubSettings;
 use std::{path::PathBuf, sync::Arc};
 use tokio_util::sync::CancellationToken;
@@ -16,8 +16,6 @@ pub(super) enum ExamplesError {
     Data(#[from] DataError),
     #[error(transparent)]
     Batch(#[from] BatchError),
-    #[error("`seed` is {seed}, and has to be below 2^32, as numpy's")]
-    Seed { seed: u64 },
     #[error("the training set is empty: {name} has no examples")]
     Empty { name: String },
     #[error("reading the data failed: {cause}; please report this")]
@@ -45,7 +43,6 @@ impl Examples {
         settings: &HubSettings,
         cancel: &CancellationToken,
     ) -> Result<Self, ExamplesError> {
-        let seed = u32::try_from(config.seed).map_err(|_| ExamplesError::Seed { seed: config.seed })?;
         let wanted = Wanted { train: config.train, test: config.test };
         let located = locate(&source(config), wanted, settings, &|_| {}).await?;
         let options = ReadOptions { mask_prompt: config.mask_prompt, max_seq_length: config.max_seq_length as usize };
@@ -69,7 +66,12 @@ impl Examples {
             notes,
             batch_size: config.batch_size as usize,
             packing: config.packing,
-            plan: BatchPlan { iters: config.iters, steps_per_eval: config.steps_per_eval, val_batches: config.val_batches, seed },
+            plan: BatchPlan {
+                iters: config.iters,
+                steps_per_eval: config.steps_per_eval,
+                val_batches: config.val_batches,
+                seed: config.seed,
+            },
             test_batches: config.test_batches,
         })
     }
@@ -122,21 +124,22 @@ impl Examples {
 }
 
 fn source(config: &TrainingConfig) -> DataSource {
-    let features = |features: &mlx_cluster_common::training::config::Features| Features {
-        prompt: features.prompt.clone(),
-        completion: features.completion.clone(),
-        text: features.text.clone(),
-        chat: features.chat.clone(),
+    let features = |features: &config::Features| {
+        let config::Features { prompt, completion, text, chat } = features.clone();
+        Features { prompt, completion, text, chat }
     };
-    if config.hf_dataset.is_empty() {
-        return DataSource::Named { data: config.data.clone(), features: features(&config.features) };
+    match &config.data {
+        config::DataSource::Named { name, features: of } => DataSource::Named { data: name.clone(), features: features(of) },
+        config::DataSource::Hub(sets) => DataSource::Listed(
+            sets.iter()
+                .map(|set| HubSet {
+                    path: set.path.clone(),
+                    train_split: Some(set.train_split.clone()),
+                    valid_split: Some(set.valid_split.clone()),
+                    test_split: set.test_split.clone(),
+                    features: features(&set.features),
+                })
+                .collect(),
+        ),
     }
-    let set = |set: &mlx_cluster_common::training::config::HubDataset| HubSet {
-        path: set.path.clone(),
-        train_split: set.train_split.clone(),
-        valid_split: set.valid_split.clone(),
-        test_split: set.test_split.clone(),
-        features: features(&set.features),
-    };
-    DataSource::Listed(config.hf_dataset.iter().map(set).collect())
 }

@@ -49,7 +49,7 @@ async fn sum(context: RunnerContext, hang_at: u64) -> Outcome {
             data_fingerprint: "data".into(),
             config: config.clone(),
         };
-        writer.finish(state).unwrap().export(&config.adapter_path, true).unwrap();
+        writer.finish(state).unwrap().export(&config.adapter_path, Some(iteration)).unwrap();
         reporter.saved(iteration).unwrap();
     };
     reporter.start_at(iteration).unwrap();

@@ -1,10 +1,6 @@
 //! How far a job is: what is summed up for its next report, and what a checkpoint says of it. No clock: times are given.
 
-use super::{
-    checkpoint::SinceReport,
-    engines::BatchDone,
-    reports::TrainReport,
-};
+use super::{checkpoint::SinceReport, engines::Done, reports::TrainReport};
 use std::{collections::BTreeMap, time::Duration};
 
 /// Where a job stands after so many batches.
@@ -26,11 +22,10 @@ impl Progress {
         Self { iteration, updates, trained_tokens, since, ..Self::default() }
     }
 
-    /// A batch is done, `took` after the one before it.
-    pub(super) fn add(&mut self, done: &BatchDone, counted: u64, took: Duration, is_update: bool) {
+    /// A batch is done, `took` after the one before it; `done` is about it and others.
+    pub(super) fn add(&mut self, done: &Done, loss: f64, counted: u64, took: Duration) {
         self.iteration += 1;
-        self.updates += u64::from(is_update);
-        self.since.losses += done.loss;
+        self.since.losses += loss;
         self.since.tokens += counted;
         self.since.steps += 1;
         self.since.seconds += took.as_secs_f64();
@@ -68,22 +63,22 @@ impl Progress {
 mod tests {
     use super::*;
 
-    fn done(loss: f64, peak: u64) -> BatchDone {
+    fn done(peak: u64) -> Done {
         let (busy, waiting) = (Duration::from_millis(300), Duration::from_millis(100));
-        BatchDone { loss, learning_rate: 1e-4, busy, waiting, peaks: BTreeMap::from([("mini".into(), peak)]) }
+        Done { losses: BTreeMap::new(), learning_rate: 1e-4, busy, waiting, peaks: BTreeMap::from([("mini".into(), peak)]) }
     }
 
     #[test]
     fn a_report_is_about_the_batches_since_the_last_one() {
         let mut progress = Progress::default();
-        progress.add(&done(2.0, 5_000_000_000), 30, Duration::from_secs(1), false);
-        progress.add(&done(1.0, 4_000_000_000), 10, Duration::from_secs(1), true);
+        progress.add(&done(5_000_000_000), 2.0, 30, Duration::from_secs(1));
+        progress.add(&done(4_000_000_000), 1.0, 10, Duration::from_secs(1));
         let report = progress.report();
         assert_eq!((report.iteration, report.train_loss, report.trained_tokens), (2, 1.5, 40));
         assert_eq!((report.iterations_per_second, report.tokens_per_second), (1.0, 20.0));
         assert_eq!((report.peak_memory, report.communication_share), (5.0, 0.25));
-        assert_eq!((progress.updates, progress.since), (1, SinceReport::default()));
-        progress.add(&done(0.5, 1), 10, Duration::from_secs(2), true);
+        assert_eq!(progress.since, SinceReport::default());
+        progress.add(&done(1), 0.5, 10, Duration::from_secs(2));
         let report = progress.report();
         assert_eq!((report.iteration, report.train_loss, report.trained_tokens), (3, 0.5, 50));
     }
@@ -91,11 +86,11 @@ mod tests {
     #[test]
     fn a_job_that_goes_on_reports_as_if_it_had_never_stopped() {
         let mut whole = Progress::default();
-        whole.add(&done(2.0, 7), 30, Duration::from_secs(1), true);
+        whole.add(&done(7), 2.0, 30, Duration::from_secs(1));
         let saved = whole.clone();
         let mut resumed = Progress::new(saved.iteration, saved.updates, saved.trained_tokens, saved.since);
-        whole.add(&done(1.0, 7), 10, Duration::from_secs(1), true);
-        resumed.add(&done(1.0, 7), 10, Duration::from_secs(1), true);
+        whole.add(&done(7), 1.0, 10, Duration::from_secs(1));
+        resumed.add(&done(7), 1.0, 10, Duration::from_secs(1));
         assert_eq!(whole.report(), resumed.report());
     }
 }

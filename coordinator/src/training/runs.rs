@@ -85,6 +85,11 @@ impl JobReporter {
         self.change(|record| record.data_fingerprint = Some(fingerprint))
     }
 
+    /// See [`JobRecord::micro_rows`].
+    pub fn micro_rows(&self, rows: u32) -> Result<(), StoreError> {
+        self.change(|record| record.micro_rows = Some(rows))
+    }
+
     pub fn plan(&self, text: String) -> Result<(), StoreError> {
         self.change(|record| record.plan = Some(text.clone()))?;
         self.log.report(JobEvent::Plan { text });

@@ -100,6 +100,9 @@ pub struct JobRecord {
     pub strategy: TrainStrategy,
     /// The checkpoint's weights with a new optimizer.
     pub warm_start: bool,
+    /// Rows of a micro-batch in the first plan. Later plans keep to it, so that sums are made in the same order and bits stay the same.
+    #[serde(default)]
+    pub micro_rows: Option<u32>,
     /// How it was spread last, for people.
     pub plan: Option<String>,
     /// Of the examples that it is trained on, once they are read.
@@ -148,6 +151,7 @@ impl JobStore {
             iteration: 0,
             strategy,
             warm_start: false,
+            micro_rows: None,
             plan: None,
             data_fingerprint: None,
             config,

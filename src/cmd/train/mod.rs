@@ -1,38 +1,52 @@
 //! `mlx-cluster train`: the flags of `mlx_lm.lora`, and the config that they make together with a file.
 
+pub(crate) mod attach;
+pub(crate) mod place;
 mod report;
-mod yaml;
+pub(crate) mod yaml;
 
 use crate::{
     failure::{Exit, Failure},
-    target::DEFAULT_URL,
+    signals,
 };
 use anyhow::Context;
+use attach::attach;
 use mlx_cluster_common::{
     training::{TrainStrategy, TrainingConfig},
     units::Bytes,
 };
+use place::Place;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf, absolute};
+use tokio_util::sync::CancellationToken;
 
 /// Fine-tune a model on the workers of a cluster.
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
+The job is run by a coordinator and goes on when this is interrupted; with none running and none named, this machine alone runs it.
 Flags win over the file; its keys are those of mlx-lm's lora.py, and what neither says has mlx-lm's default.
 
 Example:
   mlx-cluster train --config lora.yaml
-  mlx-cluster train --model mlx-community/Qwen3-0.6B-4bit --train --data ./data --iters 600 --strategy pipeline")]
+  mlx-cluster train --model mlx-community/Qwen3-0.6B-4bit --train --data ./data --iters 600 --strategy pipeline"
+)]
 pub(crate) struct TrainArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     /// A YAML or JSON file with the options of the job
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The coordinator that runs the job
-    #[arg(long, env = "MLX_CLUSTER_URL", value_name = "URL", default_value = DEFAULT_URL)]
-    pub(crate) coordinator: String,
+    #[arg(long, alias = "url", env = "MLX_CLUSTER_URL", value_name = "URL")]
+    coordinator: Option<String>,
+    /// Start the job and return at once
+    #[arg(long)]
+    detach: bool,
     /// How the job is spread: data, a copy of the model on each worker; pipeline, some layers on each; tensor, a part of each matrix
     #[arg(long, value_name = "auto|data|pipeline|tensor", default_value = "auto")]
-    pub(crate) strategy: TrainStrategy,
+    strategy: TrainStrategy,
     /// A folder or a repository on the Hugging Face hub
     #[arg(long, value_name = "PATH|REPO", help_heading = MODEL)]
     model: Option<String>,
@@ -113,6 +127,11 @@ pub(crate) struct TrainArgs {
     project_name: Option<String>,
 }
 
+#[derive(clap::Subcommand)]
+enum Verb {
+    Report(report::ReportArgs),
+}
+
 const MODEL: &str = "Model and adapter";
 const DATA: &str = "Data";
 const STEPS: &str = "Steps";
@@ -123,8 +142,35 @@ fn finite(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "not a number".to_owned())
 }
 
+pub(crate) async fn run(args: TrainArgs) -> anyhow::Result<()> {
+    if let Some(Verb::Report(args)) = &args.verb {
+        return report::run(args);
+    }
+    let config = config(&args)?;
+    signals::until_stopped(async |stop: CancellationToken| {
+        let mut place = Place::reach(args.coordinator.as_deref(), &stop).await?;
+        let trained = train(&mut place, &config, &args, &stop).await;
+        let closed = place.close().await;
+        trained.and(closed)
+    })
+    .await
+}
+
+async fn train(place: &mut Place, config: &TrainingConfig, args: &TrainArgs, stop: &CancellationToken) -> anyhow::Result<()> {
+    if args.detach && place.local.is_some() {
+        return Err(Failure::new(Exit::Usage, "there is no coordinator that could go on: leave --detach out, or start one").into());
+    }
+    let job = place.client.start_job(&config.adapter_config(), args.strategy).await?;
+    if args.detach {
+        println!("{}", job.id);
+        return Ok(());
+    }
+    eprintln!("job {} at {}", job.id, place.client.url());
+    attach(place, &job, stop).await
+}
+
 /// The job that the flags and their file describe. Paths are made absolute, since the coordinator works with them.
-pub(crate) fn config(args: &TrainArgs) -> anyhow::Result<TrainingConfig> {
+fn config(args: &TrainArgs) -> anyhow::Result<TrainingConfig> {
     let folder = std::env::current_dir().context("cannot read the working directory")?;
     config_in(args, &folder).map_err(Into::into)
 }
@@ -178,11 +224,15 @@ fn flags(args: &TrainArgs) -> impl Iterator<Item = (String, Value)> {
     given.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_owned(), value))
 }
 
-/// A model or data set that is no folder is on the hub.
 fn make_absolute(keys: &mut Map<String, Value>, folder: &Path) {
     if keys.get("adapter_path").is_none_or(Value::is_null) {
         keys.insert("adapter_path".to_owned(), json!("adapters"));
     }
+    make_paths_absolute(keys, folder);
+}
+
+/// Those that are given. A model or data set that is no folder is on the hub.
+pub(crate) fn make_paths_absolute(keys: &mut Map<String, Value>, folder: &Path) {
     for (key, may_be_on_the_hub) in [("model", true), ("data", true), ("adapter_path", false), ("resume_adapter_file", false)] {
         // What is no text is refused with the rest; an empty path has a meaning of its own.
         let Some(Value::String(path)) = keys.get_mut(key).filter(|value| value.as_str() != Some("")) else { continue };

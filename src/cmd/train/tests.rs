@@ -1,3 +1,5 @@
+//! Flags and file together.
+
 use super::*;
 use clap::Parser;
 use mlx_cluster_common::training::{Decay, FineTune, Schedule, config::DataSource};
@@ -54,7 +56,7 @@ fn each_flag_sets_its_key() {
     for (key, value) in wanted.as_object().unwrap() {
         assert_eq!(&record[key], value, "{key}");
     }
-    assert_eq!((args.strategy, args.coordinator.as_str()), (TrainStrategy::Auto, DEFAULT_URL));
+    assert_eq!((args.strategy, args.detach), (TrainStrategy::Auto, false));
 }
 
 #[test]

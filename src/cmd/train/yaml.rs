@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use std::{fs, path::Path};
 
 /// Errors say file, line and column.
-pub(super) fn read(path: &Path) -> Result<Map<String, Value>, Failure> {
+pub(crate) fn read(path: &Path) -> Result<Map<String, Value>, Failure> {
     let text = fs::read_to_string(path).map_err(|error| Failure::new(Exit::BadFile, format!("cannot read {}: {error}", path.display())))?;
     parse(&text).map_err(|message| Failure::new(Exit::BadFile, format!("{}{message}", path.display())))
 }

@@ -9,9 +9,8 @@ use mlx_cluster_common::{
     dtype::DType,
     published::{Assignment, Step, SymbolicTensor},
     training::{
-        Change,
+        Change, MatrixKind, ModelMatrix,
         fuse::{CanonicalTensor, NewValue, Rewrite, Rewritten},
-        matrices::{Module, ModuleKind},
     },
     weights::{Parameter, WeightIndex},
 };
@@ -103,7 +102,7 @@ impl<'a> Fusion<'a> {
     }
 
     /// The matrix as numbers, of the type that it has in the base, also where a product with the adapter is wider.
-    fn matrix(&mut self, module: &Module, change: Option<&Change>) -> Result<Array, LmError> {
+    fn matrix(&mut self, module: &ModelMatrix, change: Option<&Change>) -> Result<Array, LmError> {
         let weight = self.current(module.weight)?;
         let matrix = match &module.quantised {
             None => weight,
@@ -141,12 +140,12 @@ impl<'a> Fusion<'a> {
 }
 
 /// `scale · (the product of a and b)`, in their type, as `[.., output, input]`, or `[vocab_size, dims]`.
-fn product(kind: ModuleKind, a: &Array, b: &Array, scale: f32) -> Result<Array, LmError> {
+fn product(kind: MatrixKind, a: &Array, b: &Array, scale: f32) -> Result<Array, LmError> {
     let scaled = |array: &Array| -> Result<Array, LmError> { Ok(ops::multiply(Array::from_f32(scale).as_dtype(array.dtype())?, array)?) };
     Ok(match kind {
-        ModuleKind::Embedding => ops::matmul(scaled(a)?, b)?,
-        ModuleKind::Experts | ModuleKind::HeadLinear => ops::matmul(scaled(b)?, a)?,
-        ModuleKind::Linear => ops::matmul(scaled(&b.transpose()?)?, a.transpose()?)?,
+        MatrixKind::Embedding => ops::matmul(scaled(a)?, b)?,
+        MatrixKind::Experts | MatrixKind::HeadLinear => ops::matmul(scaled(b)?, a)?,
+        MatrixKind::Linear => ops::matmul(scaled(&b.transpose()?)?, a.transpose()?)?,
     })
 }
 

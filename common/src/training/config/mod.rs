@@ -1,6 +1,5 @@
 //! The configuration of a training job: mlx-lm's keys (`lora.py`, CONFIG_DEFAULTS) with their defaults and meanings, each value checked.
 
-mod adapter;
 mod data_set;
 mod differences;
 mod error;
@@ -10,7 +9,6 @@ mod record;
 mod schedule;
 mod table;
 
-pub use adapter::AdapterConfig;
 pub use data_set::{DataSource, Features, HubDataSet};
 pub use error::TrainingConfigError;
 pub use fine_tune::FINE_TUNE_TYPES;
@@ -143,6 +141,18 @@ impl TrainingConfig {
     /// What mlx-lm writes as `adapter_config.json`, and reads back to load the adapter: all keys, sorted.
     pub fn adapter_config(&self) -> Map<String, Value> {
         self.record.clone()
+    }
+
+    /// The same for an adapter that was trained otherwise: `config` is its `adapter_config.json`.
+    pub fn for_adapter(&self, config: &Map<String, Value>) -> Result<Self, TrainingConfigError> {
+        let mut keys = self.record.clone();
+        for key in ["fine_tune_type", "num_layers", "lora_parameters"] {
+            // mlx-lm takes all layers for any number below 1.
+            let value = config.get(key).cloned().unwrap_or(Value::Null);
+            let is_all = key == "num_layers" && value.as_i64().is_some_and(|number| number < 1);
+            keys.insert(key.to_owned(), if is_all { Value::from(-1) } else { value });
+        }
+        Self::parse(&keys)
     }
 
     pub fn role(&self, parallel: Parallel) -> TrainingRole {

@@ -1,4 +1,7 @@
+//! Each key of a config: what it says, and why it is refused.
+
 use super::*;
+use crate::training::AdapterConfig;
 use crate::training::{Decay, LoraParameters, Warmup, optimizer::Adafactor};
 use serde_json::json;
 
@@ -268,24 +271,14 @@ fn differences_are_what_changes_the_numbers() {
 }
 
 #[test]
-fn an_adapter_config_of_mlx_lm_is_read_leniently() {
-    let read = |config: Value| AdapterConfig::parse(config.as_object().unwrap());
-    // As mlx-lm wrote it in older versions: no fine_tune_type, keys that are gone.
-    let old = read(json!({"lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.05}, "num_layers": 4, "lora_layers": 4, "beam": [1]}))
-        .unwrap();
-    let parameters = LoraParameters { rank: 8, scale: 10.0, dropout: 0.05, keys: None };
-    assert_eq!(old, AdapterConfig { fine_tune: FineTune::Lora(parameters), num_layers: Some(4), model: None });
-    let full = read(json!({"fine_tune_type": "full", "lora_parameters": null, "num_layers": -1, "model": "a/b"})).unwrap();
-    assert_eq!(full, AdapterConfig { fine_tune: FineTune::Full, num_layers: None, model: Some("a/b".into()) });
-    let config = parse(json!({"fine_tune_type": "dora", "model": "a/b"}));
-    let ours = AdapterConfig::parse(&config.adapter_config()).unwrap();
-    assert_eq!((&ours.fine_tune, ours.num_layers), (&config.fine_tune, config.num_layers));
-    let error = |config: Value| read(config).unwrap_err().to_string();
-    assert_eq!(error(json!({"num_layers": 4})), "`lora_parameters` is missing: this is not an adapter_config.json of mlx-lm");
-    assert!(error(json!({"lora_parameters": {"rank": 8, "scale": 1, "dropout": 0}})).starts_with("`num_layers` is missing"));
-    assert!(error(json!({"lora_parameters": {"rank": 0, "scale": 1, "dropout": 0}, "num_layers": 1})).contains("from 1 to 4096"));
-    assert!(
-        error(json!({"fine_tune_type": "ia3", "lora_parameters": {"rank": 1, "scale": 1, "dropout": 0}, "num_layers": 1}))
-            .contains("lora, dora, full")
-    );
+fn what_is_written_beside_an_adapter_is_read_back() {
+    let config = parse(json!({"fine_tune_type": "dora", "model": "a/b", "num_layers": 3}));
+    let ours = AdapterConfig::from_json(&Value::Object(config.adapter_config())).unwrap();
+    assert_eq!((&ours.fine_tune, ours.num_layers, ours.model.as_deref()), (&config.fine_tune, config.num_layers, Some("a/b")));
+    // A test of an adapter takes from its record what it is, and nothing else.
+    let other = parse(json!({"fine_tune_type": "lora", "batch_size": 9}));
+    let tested = other.for_adapter(&config.adapter_config()).unwrap();
+    assert_eq!((&tested.fine_tune, tested.num_layers, tested.batch_size), (&config.fine_tune, Some(3), 9));
+    let old = json!({"lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.05}, "num_layers": 0, "beam": [1]});
+    assert_eq!(other.for_adapter(old.as_object().unwrap()).unwrap().num_layers, None, "mlx-lm takes all layers for 0");
 }

@@ -5,6 +5,10 @@ use crate::{
     chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
     loading::{LoadError, LoadRequest},
     serving::{Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, ServedModel, Serving, ServingCommand},
+    training::{
+        fixtures::summing,
+        jobs::{JobParts, Jobs, JobsTask},
+    },
 };
 use axum::{Router, body::Body, http::Request, response::Response};
 use mlx_cluster_common::{
@@ -13,6 +17,7 @@ use mlx_cluster_common::{
 };
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock, Mutex};
+use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
 
@@ -89,6 +94,10 @@ pub(super) struct Fake {
     pub(super) serving: Serving,
     pub(super) status: watch::Sender<Arc<ClusterStatus>>,
     pub(super) model: watch::Sender<Option<Arc<ServedModel>>>,
+    pub(super) jobs: Jobs,
+    /// Of the jobs; they train nothing, and wait to be stopped at iteration 6.
+    pub(super) home: TempDir,
+    _jobs_task: JobsTask,
     seen: Mutex<mpsc::UnboundedReceiver<Seen>>,
 }
 
@@ -130,7 +139,10 @@ impl Fake {
         let (status, status_receiver) = watch::channel(Arc::new(ready()));
         let (model, model_receiver) = watch::channel(Some(Arc::new(served(Some(TEMPLATE)))));
         let serving = Serving { commands, status: status_receiver, model: model_receiver };
-        Self { serving, status, model, seen: Mutex::new(seen) }
+        let home = tempfile::tempdir().expect("a folder");
+        let parts = JobParts { home: home.path().into(), runner: Box::new(summing(6)), commands: serving.commands.clone() };
+        let (jobs, jobs_task) = Jobs::open(parts).expect("a folder of jobs");
+        Self { serving, status, model, jobs, home, _jobs_task: jobs_task, seen: Mutex::new(seen) }
     }
 
     /// A cluster that says this to every request.
@@ -142,7 +154,7 @@ impl Fake {
     }
 
     pub(super) fn router(&self) -> Router {
-        router(Arc::new(Api::new(self.serving.clone(), Guard { loopback: true }).expect("an API")))
+        router(Arc::new(Api::new(self.serving.clone(), self.jobs.clone(), Guard { loopback: true }).expect("an API")))
     }
 
     pub(super) async fn seen(&self) -> Seen {

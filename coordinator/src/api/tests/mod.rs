@@ -4,6 +4,7 @@ mod bad_input;
 mod chat;
 mod completions;
 mod fake;
+mod jobs;
 mod load;
 mod server;
 mod status;

@@ -24,7 +24,7 @@ async fn start(fake: &Fake) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     let shutdown = CancellationToken::new();
-    let task = tokio::spawn(serve(listener, fake.serving.clone(), shutdown.clone()));
+    let task = tokio::spawn(serve(listener, fake.serving.clone(), fake.jobs.clone(), shutdown.clone()));
     Server { address, shutdown, task }
 }
 

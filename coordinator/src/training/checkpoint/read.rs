@@ -84,12 +84,13 @@ impl Checkpoint {
         Ok(files.into_iter().flatten())
     }
 
-    /// Writes the adapter where mlx-lm does: `adapters.safetensors`, and `NNNNNNN_adapters.safetensors` where `is_numbered`.
-    pub fn export(&self, adapter_path: &Path, is_numbered: bool) -> Result<(), CheckpointError> {
+    /// Writes the adapter where mlx-lm does: `adapters.safetensors`, and `NNNNNNN_adapters.safetensors` with the `iteration` that is given: of
+    /// batches that are accumulated, the checkpoint is as of the last update.
+    pub fn export(&self, adapter_path: &Path, iteration: Option<u64>) -> Result<(), CheckpointError> {
         make_folder(adapter_path)?;
         let adapters = self.path(Part::Adapters);
-        if is_numbered {
-            copy_atomically(&adapters, &adapter_path.join(format!("{:07}_adapters.safetensors", self.state.iteration)))?;
+        if let Some(iteration) = iteration {
+            copy_atomically(&adapters, &adapter_path.join(format!("{iteration:07}_adapters.safetensors")))?;
         }
         copy_atomically(&adapters, &adapter_path.join(Part::Adapters.file()))?;
         Ok(())

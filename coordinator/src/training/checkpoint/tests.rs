@@ -273,7 +273,7 @@ fn an_adapter_is_exported_under_mlx_lms_names() {
     let home = tempfile::tempdir().unwrap();
     let checkpoint = save(&Checkpoints::open(home.path()).unwrap(), 300, tensors(1)).unwrap();
     let adapter = home.path().join("some/adapter");
-    checkpoint.export(&adapter, true).unwrap();
+    checkpoint.export(&adapter, Some(checkpoint.state.iteration)).unwrap();
     export_config(&config(json!({"iters": 5})), &adapter).unwrap();
     let mut names: Vec<String> = fs::read_dir(&adapter).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();

@@ -133,13 +133,21 @@ impl Jobs {
 
     /// The events of a job from `from` on; they end with the job.
     pub async fn follow(&self, id: &str, from: u64) -> Result<Listener, JobError> {
+        Ok(self.log(id).await?.follow(from))
+    }
+
+    /// The events of a job so far.
+    pub async fn past(&self, id: &str, from: u64) -> Result<Listener, JobError> {
+        Ok(self.log(id).await?.past(from))
+    }
+
+    async fn log(&self, id: &str) -> Result<Arc<EventLog>, JobError> {
         let (id, folder) = self.find(id)?;
         let live = self.ask(|answer| Command::Log { id, answer }).await?;
-        let log = match live {
-            Some(log) => log,
-            None => blocking(move || EventLog::open(folder.path()).map_err(StoreError::from).map_err(JobError::from)).await?,
-        };
-        Ok(log.follow(from))
+        match live {
+            Some(log) => Ok(log),
+            None => blocking(move || Ok(EventLog::open(folder.path()).map_err(StoreError::from)?)).await,
+        }
     }
 
     /// The text of `metrics.jsonl`; empty before the first report.

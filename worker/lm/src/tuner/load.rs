@@ -8,7 +8,7 @@ use crate::{adapter::norm_of_rows, error::LmError, group::Group, linear::Matrix,
 use mlx_cluster_common::{
     spec::{ModelSpec, Part},
     tensor::{Cut, RankModel},
-    training::{FineTune, Module, TrainedParameter, TrainingRole},
+    training::{FineTune, Module, Trained, TrainingRole},
     weights::{WeightIndex, WeightMap},
 };
 use mlx_rs::{Array, ops, transforms};
@@ -74,7 +74,7 @@ impl Source<'_> {
     /// What is trained of the stage's parts, as it starts.
     fn parameters(
         &self,
-        trained: &BTreeMap<Part, Vec<TrainedParameter>>,
+        trained: &BTreeMap<Part, Vec<Trained>>,
         parts: &BTreeSet<Part>,
         loaded: &Weights,
     ) -> Result<(BTreeMap<String, Array>, Magnitudes), LmError> {
@@ -82,7 +82,7 @@ impl Source<'_> {
         let modules: BTreeMap<String, Module> =
             parts.iter().flat_map(|part| self.spec.modules(*part)).map(|module| (module.path.clone(), module)).collect();
         let (mut parameters, mut magnitudes) = (BTreeMap::new(), BTreeMap::new());
-        for TrainedParameter { name, shape } in own {
+        for Trained { name, shape, .. } in own {
             let shape: Vec<i32> = shape.iter().map(|dim| *dim as i32).collect();
             let factor = name.rsplit_once('.').and_then(|(path, factor)| Some((modules.get(path)?, factor)));
             let array = match (&self.role.fine_tune, factor) {

@@ -57,7 +57,7 @@ impl Passages {
         let tensors = write(activations)?;
         self.sent += 1;
         let passage = wire::Passage { epoch: self.epoch.0, sender: String::new(), number: self.sent, tensors };
-        match runtime.block_on(timeout(WAIT_MAX, self.to.send(passage))) {
+        match runtime.block_on(async { timeout(WAIT_MAX, self.to.send(passage)).await }) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(self.trouble("its engine closed the connection")),
             Err(_) => Err(self.trouble(&format!("its engine took nothing for {} s", WAIT_MAX.as_secs()))),
@@ -66,7 +66,7 @@ impl Passages {
 
     /// Waits for what the other stage makes of the next micro-batch.
     pub(super) fn receive(&mut self, runtime: &Handle) -> Result<Activations, Trouble> {
-        let passage = match runtime.block_on(timeout(WAIT_MAX, self.from.recv())) {
+        let passage = match runtime.block_on(async { timeout(WAIT_MAX, self.from.recv()).await }) {
             Ok(Some(Ok(passage))) => passage,
             Ok(Some(Err(message))) => return Err(self.trouble(&message)),
             Ok(None) => return Err(self.trouble("its engine closed the connection")),

@@ -17,7 +17,7 @@ use mlx_cluster_lm::{
 };
 use mlx_cluster_proto::wire::{self, train_order::Order, train_report::Report};
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -130,7 +130,10 @@ impl Owner {
             self.ranks.check(self.stage.prepare())?;
             self.is_prepared = true;
         }
-        let Restored { parameters, optimizer } = restored;
+        let Restored { mut parameters, mut optimizer } = restored;
+        // Every engine gets all of a checkpoint, and takes what is its own.
+        parameters.retain(|name, _| self.stage.parameters().contains_key(name));
+        optimizer.retain(|name, _| name.rsplit_once('.').is_some_and(|(parameter, _)| self.stage.parameters().contains_key(parameter)));
         if !parameters.is_empty() || begin.updates > 0 {
             let optimizer = begin.has_optimizer.then_some(optimizer);
             self.stage.restore(parameters, begin.updates, optimizer).map_err(|error| error.to_string())?;
@@ -147,12 +150,12 @@ impl Owner {
         update_of: u32,
         reports: &mpsc::Sender<wire::TrainReport>,
     ) -> Result<(), Trouble> {
-        let (start, mut times, mut loss) = (Instant::now(), Times::default(), 0.0);
+        let (start, mut times, mut losses) = (Instant::now(), Times::default(), HashMap::new());
         let stages_after = (self.spec.n_stages - 1 - self.spec.stage) as usize;
         let mut pending: VecDeque<Pending> = VecDeque::new();
         for turn in turns(micro_batches.len(), stages_after) {
             match turn {
-                Turn::Forward(i) => loss += self.forward(&micro_batches[i], &mut pending, &mut times)?,
+                Turn::Forward(i) => self.forward(&micro_batches[i], &mut pending, &mut losses, &mut times)?,
                 Turn::Backward(_) => self.backward(&mut pending, &mut times)?,
             }
             self.progress.send_modify(|progress| *progress += 1);
@@ -160,10 +163,16 @@ impl Owner {
         if update_of > 0 {
             self.update(update_of, &mut times)?;
         }
-        self.done(number, loss, start, &times, reports)
+        self.done(number, losses, start, &times, reports)
     }
 
-    fn forward(&mut self, micro: &MicroBatch, pending: &mut VecDeque<Pending>, times: &mut Times) -> Result<f64, Trouble> {
+    fn forward(
+        &mut self,
+        micro: &MicroBatch,
+        pending: &mut VecDeque<Pending>,
+        losses: &mut HashMap<u64, f64>,
+        times: &mut Times,
+    ) -> Result<(), Trouble> {
         let input = self.input(times)?;
         let work = self.ranks.step();
         let passed = self.ranks.check(self.stage.forward(micro, input))?;
@@ -171,12 +180,11 @@ impl Owner {
         match passed {
             Passed::Activations { output, pending: own } => {
                 pending.push_back(own);
-                self.to_next(&output, times)?;
-                Ok(0.0)
+                self.to_next(&output, times)
             }
             Passed::Loss { loss, gradients } => {
-                self.to_before(gradients.as_ref(), times)?;
-                Ok(f64::from(loss))
+                *losses.entry(micro.batch).or_default() += f64::from(loss);
+                self.to_before(gradients.as_ref(), times)
             }
         }
     }
@@ -207,7 +215,7 @@ impl Owner {
 
     /// Forward alone, as far as this stage is concerned.
     fn evaluate(&mut self, number: u64, micro_batches: &[MicroBatch], reports: &mpsc::Sender<wire::TrainReport>) -> Result<(), Trouble> {
-        let (start, mut times, mut loss) = (Instant::now(), Times::default(), 0.0);
+        let (start, mut times, mut losses) = (Instant::now(), Times::default(), HashMap::new());
         for micro in micro_batches {
             let input = self.input(&mut times)?;
             let work = self.ranks.step();
@@ -215,17 +223,17 @@ impl Owner {
             drop(work);
             match passed {
                 Passed::Activations { output, .. } => self.to_next(&output, &mut times)?,
-                Passed::Loss { loss: own, .. } => loss += f64::from(own),
+                Passed::Loss { loss, .. } => *losses.entry(micro.batch).or_default() += f64::from(loss),
             }
             self.progress.send_modify(|progress| *progress += 1);
         }
-        self.done(number, loss, start, &times, reports)
+        self.done(number, losses, start, &times, reports)
     }
 
     fn done(
         &self,
         number: u64,
-        loss: f64,
+        losses: HashMap<u64, f64>,
         start: Instant,
         times: &Times,
         reports: &mpsc::Sender<wire::TrainReport>,
@@ -235,7 +243,7 @@ impl Owner {
         let all = start.elapsed();
         let done = wire::Done {
             number,
-            loss,
+            losses,
             busy_ns: all.saturating_sub(times.waiting).as_nanos() as u64,
             waiting_ns: times.waiting.as_nanos() as u64,
             peak_bytes,

@@ -1,0 +1,94 @@
+//! Where a run begins: a checkpoint, weights that the user gave, or nothing.
+
+use crate::{
+    core::settings::ModelFacts,
+    training::{
+        checkpoint::{Part, SavedTensor, TensorFile},
+        runs::RunnerContext,
+    },
+};
+use mlx_cluster_common::training::{Trained, TrainingConfig};
+use std::{collections::BTreeMap, path::Path};
+
+pub(super) struct Start {
+    /// Of the job; when it only tests an adapter, as that was trained.
+    pub(super) config: TrainingConfig,
+    /// Where there is no checkpoint yet.
+    pub(super) weights: Vec<SavedTensor>,
+    /// The fingerprint of the data that the newest checkpoint was made with.
+    data: Option<(u64, String)>,
+    pub(super) notes: Vec<String>,
+}
+
+impl Start {
+    /// An error is a sentence.
+    pub(super) async fn find(context: &RunnerContext, config: &TrainingConfig, model: &ModelFacts) -> Result<Self, String> {
+        let mut config = config.clone();
+        let file = match (config.train, &config.resume_adapter_file) {
+            (true, file) => file.clone(),
+            // mlx-lm tests a model without an adapter when the path is empty.
+            (false, _) if config.adapter_path.as_os_str().is_empty() => None,
+            (false, _) => {
+                config = as_trained(&config)?;
+                Some(config.adapter_path.join("adapters.safetensors"))
+            }
+        };
+        let trained = model.spec.trained(&model.weights, &config.fine_tune, config.num_layers).map_err(|error| error.to_string())?;
+        let trained = trained.into_values().flatten().map(|Trained { name, shape, .. }| (name, shape)).collect();
+        let checkpoints = context.checkpoints.clone();
+        let name = model.name.clone();
+        let found = tokio::task::spawn_blocking(move || {
+            let newest = checkpoints.newest().map_err(|error| error.to_string())?;
+            let weights = match (&newest.checkpoint, file) {
+                (None, Some(file)) => read(&file, &trained, &name)?,
+                _ => Vec::new(),
+            };
+            Ok::<_, String>((newest, weights))
+        });
+        let (newest, weights) = found.await.map_err(|error| error.to_string())??;
+        let data = newest.checkpoint.as_ref().map(|checkpoint| (checkpoint.state.iteration, checkpoint.state.data_fingerprint.clone()));
+        Ok(Self { config, weights, data, notes: newest.warnings })
+    }
+
+    pub(super) fn check_data(&self, fingerprint: &str) -> Result<(), String> {
+        match &self.data {
+            Some((iteration, wanted)) if wanted != fingerprint => Err(format!(
+                "the training examples are not those that the checkpoint of iteration {iteration} was made with: bring them back, or start a new \
+                 job with `resume_adapter_file`"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What an adapter was trained as decides how it is read.
+fn as_trained(config: &TrainingConfig) -> Result<TrainingConfig, String> {
+    let path = config.adapter_path.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let keys: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&text).map_err(|error| format!("{} is not JSON: {error}", path.display()))?;
+    config.for_adapter(&keys).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Weights of exactly the trained parameters, or some of them, in the shapes that the model has.
+fn read(path: &Path, trained: &BTreeMap<String, Vec<u64>>, model: &str) -> Result<Vec<SavedTensor>, String> {
+    let file = TensorFile::open(path, Part::Adapters).map_err(|error| error.to_string())?;
+    let (mut wrong, mut all) = (Vec::new(), 0usize);
+    for (name, slot) in file.left() {
+        all += 1;
+        match trained.get(name) {
+            Some(shape) if *shape == slot.shape => {}
+            Some(shape) => wrong.push(format!("`{name}` is {:?}, wanted is {shape:?}", slot.shape)),
+            None => wrong.push(format!("`{name}` is nothing that this job trains")),
+        }
+    }
+    if let Some(first) = wrong.first() {
+        return Err(format!(
+            "{} does not fit {model} with these settings: {first} ({} of its {all} tensors do not fit); is it of another model, or of another \
+             rank, keys or fine_tune_type?",
+            path.display(),
+            wrong.len(),
+        ));
+    }
+    file.collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())
+}
