@@ -131,7 +131,7 @@ impl Adapters {
 impl Instance {
     /// Takes an adapter in: at once when the engines are linked, else with them. `is_given` when the user gave it at the start.
     pub(super) fn load_adapter(&mut self, id: AdapterId, facts: Arc<AdapterFacts>, is_given: bool, context: &mut Context<'_>) {
-        if let Some(message) = self.no_room_for(&facts) {
+        if let Some(message) = self.no_room_for(&facts, context) {
             context.effects.push(Effect::AdapterSettled { adapter: id, outcome: Err(message) });
             return;
         }
@@ -160,7 +160,7 @@ impl Instance {
         self.forget_leaving(context);
         let ids: Vec<AdapterId> = self.adapters.all.keys().copied().collect();
         for id in &ids {
-            let message = self.adapters.all.get(id).and_then(|entry| self.no_room_for(&entry.facts));
+            let message = self.adapters.all.get(id).and_then(|entry| self.no_room_for(&entry.facts, context));
             match message {
                 None => self.send_adapter(*id, context),
                 Some(message) => self.adapter_failed(*id, message, context),
@@ -273,16 +273,25 @@ impl Instance {
         }
     }
 
+    /// What adapters take of an engine with these layers, but for the one of this name.
+    pub(super) fn adapters_on(&self, layers: &Range<u32>, but: Option<&str>) -> Bytes {
+        let spec = &self.kind.model().spec;
+        let counted = self.adapters.all.values().map(|entry| &entry.facts).filter(|facts| Some(facts.name.as_str()) != but);
+        Bytes(counted.map(|facts| facts.on(spec, layers)).sum())
+    }
+
     /// Why a worker has no memory for it beside the plan and the adapters that are there, if so.
-    fn no_room_for(&self, facts: &AdapterFacts) -> Option<String> {
+    fn no_room_for(&self, facts: &AdapterFacts, context: &Context<'_>) -> Option<String> {
         let deployment = self.deployment.as_ref()?;
         let spec = &self.kind.model().spec;
         let stages = deployment.plan.stages.iter();
         let mut ranks = stages.flat_map(|stage| stage.ranks.iter().map(|rank| (rank, &stage.layers)));
         ranks.find_map(|(rank, layers): (&Rank, _)| {
-            let others = self.adapters.all.values().map(|entry| &entry.facts).filter(|other| other.name != facts.name);
-            let taken: u64 = others.map(|other| other.on(spec, layers)).sum();
-            let (wanted, free) = (facts.on(spec, layers), rank.usable.0.saturating_sub(rank.needed().0).saturating_sub(taken));
+            let of_others: u64 = context.others.values().map(|other| other.reserved(&rank.node).0).sum();
+            let on_worker = context.members.get(&rank.node).map_or(rank.usable, |member| member.facts.usable_memory);
+            let usable = Bytes(rank.usable.0.min(on_worker.0.saturating_sub(of_others)));
+            let taken = self.adapters_on(layers, Some(&facts.name));
+            let (wanted, free) = (facts.on(spec, layers), usable.0.saturating_sub(rank.needed().0).saturating_sub(taken.0));
             (wanted > free).then(|| {
                 format!(
                     "adapter `{}` takes {} on worker {}, where {} are free beside the model ({} of {}) and other adapters ({}): \
@@ -292,8 +301,8 @@ impl Instance {
                     rank.node_name,
                     Bytes(free),
                     rank.needed(),
-                    rank.usable,
-                    Bytes(taken)
+                    usable,
+                    taken
                 )
             })
         })

@@ -212,7 +212,8 @@ impl Instance {
 
     /// What its engine may use of this worker's memory.
     pub(super) fn reserved(&self, node: &NodeId) -> Bytes {
-        self.deployment.as_ref().and_then(|deployment| deployment.engine_on(node)).map_or(Bytes(0), |engine| engine.memory)
+        let engine = self.deployment.as_ref().and_then(|deployment| deployment.engine_on(node));
+        engine.map_or(Bytes(0), |engine| engine.memory + self.adapters_on(&engine.layers, None))
     }
 
     pub(super) fn is_on(&self, node: &NodeId) -> bool {
