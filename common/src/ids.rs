@@ -66,6 +66,10 @@ impl InstanceId {
 }
 
 number_id! {
+    /// One adapter of a served model, numbered by the coordinator; a number is never used again.
+    AdapterId
+}
+number_id! {
     /// One linking-up of an instance's engines. Raised whenever an engine is replaced; what carries an older one is refused.
     Epoch
 }

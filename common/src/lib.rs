@@ -21,7 +21,7 @@ pub mod units;
 pub mod weights;
 
 /// Nodes work together only when they speak the same version of the wire protocol; raised with every incompatible change.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The version of this build, as `--version` prints it.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

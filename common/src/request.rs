@@ -1,6 +1,9 @@
 //! What passes between the coordinator and the lead engine: sequences in, tokens out.
 
-use crate::{ids::SequenceId, sampling::SamplingParams};
+use crate::{
+    ids::{AdapterId, SequenceId},
+    sampling::SamplingParams,
+};
 
 /// A sequence handed to the lead engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,6 +12,8 @@ pub struct Submission {
     /// At least one token.
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
+    /// One that the lead has loaded; None for the model itself.
+    pub adapter: Option<AdapterId>,
 }
 
 /// From the coordinator to the lead engine.

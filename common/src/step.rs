@@ -1,7 +1,7 @@
 //! One forward pass of one batch through all stages, as data: what every stage needs to apply it to its own caches.
 
 use crate::{
-    ids::{Epoch, SequenceId},
+    ids::{AdapterId, Epoch, SequenceId},
     sampling::SamplingParams,
 };
 
@@ -10,6 +10,8 @@ use crate::{
 pub struct Admission {
     pub sequence: SequenceId,
     pub params: SamplingParams,
+    /// Loaded on every engine before; None for the model itself.
+    pub adapter: Option<AdapterId>,
 }
 
 /// Consecutive tokens of one sequence.

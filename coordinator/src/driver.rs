@@ -1,6 +1,9 @@
 //! The one loop: takes what tasks, clients and the clock say, hands it to the core, carries out what the core decides.
 
+mod adapters;
+
 use crate::{
+    adapters::{OpenAdapter, Registry},
     core::{
         Now,
         cluster::Cluster,
@@ -13,7 +16,7 @@ use crate::{
         rivals::{Rank, Rival, gives_way},
     },
     error::CoordinatorError,
-    links::{Desired, Links, Note, engine::LinkCall, session::SessionCall, session::SessionHandle},
+    links::{Desired, Links, Note, adapter::DropCall, engine::LinkCall, session::SessionCall, session::SessionHandle},
     loading::{LoadAnswer, LoadError, LoadRequest, Read, Reading},
     model::{LoadedModel, ModelError},
     report::{Report, Reporter},
@@ -54,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) defaults: InstanceSettings,
     /// What is served from the start.
     pub(crate) start: Option<Arc<ModelFacts>>,
+    /// What is served beside it from the start.
+    pub(crate) adapters: Vec<OpenAdapter>,
     /// What clients need of the model that is served.
     pub(crate) model: Option<LoadedModel>,
     /// The folder for this machine's own state.
@@ -91,6 +96,7 @@ pub(crate) struct Driver {
     gone: FuturesUnordered<Gone>,
     sequences: u64,
     runners: Runners,
+    adapters: Registry,
     reading: Option<Reading>,
     /// Who waits for the served model to be gone, and what it is called.
     unloading: Vec<(LoadAnswer, String)>,
@@ -138,6 +144,7 @@ impl Driver {
             gone: FuturesUnordered::new(),
             sequences: 0,
             runners: Runners::default(),
+            adapters: Registry::default(),
             reading: None,
             unloading: Vec::new(),
             drained: Vec::new(),
@@ -154,13 +161,15 @@ impl Driver {
     /// Runs until told to stop, or until there is no use in going on.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), CoordinatorError> {
         let mut stopping = false;
+        self.add_given_adapters();
         self.publish();
         loop {
             let input = self.next(&stop, stopping).await;
             stopping |= matches!(input, Input::Stop);
-            let Some(event) = self.event(input) else { continue };
-            let ended = self.handle(event);
+            let event = self.event(input);
+            let ended = event.and_then(|event| self.handle(event));
             self.publish();
+            self.adapters.answer();
             if let Some(result) = ended {
                 self.links.stop().await;
                 for done in self.drained {
@@ -197,6 +206,7 @@ impl Driver {
             Input::Read(read) => self.read(read),
             Input::Note(Some(Note::Event(event))) => Some(event),
             Input::Note(Some(Note::Held { node, message })) => self.held(node, message),
+            Input::Note(Some(Note::AdapterRead { name, read, answer })) => self.adapter_read(&name, read, answer),
             Input::Note(Some(Note::LinkEnded(node))) => {
                 self.links.ended(&node);
                 None
@@ -232,6 +242,11 @@ impl Driver {
                 None
             }
             ServingCommand::Unload { answer } => self.unload(answer),
+            ServingCommand::LoadAdapter { name, path, answer } => {
+                self.load_adapter(name, path, answer);
+                None
+            }
+            ServingCommand::DropAdapter { name, answer } => self.drop_adapter(&name, answer),
             ServingCommand::StartJob { instance, facts, settings, notes } => {
                 if instance == InstanceId::SERVED || self.cluster.has(instance) {
                     // A runner reads the end of its notes as the end of its engines.
@@ -369,6 +384,9 @@ impl Driver {
                 self.session = Some(self.links.open_session(SessionCall { epoch, name, addresses }));
             }
             Effect::CloseSession => self.session = None,
+            Effect::LoadAdapter { epoch, engine, layers, adapter } => return self.send_adapter(epoch, engine, layers, adapter),
+            Effect::DropAdapter { epoch, engine, adapter } => self.links.drop_adapter(DropCall { epoch, engine, id: adapter }),
+            Effect::AdapterSettled { adapter, outcome } => self.adapters.settled(adapter, outcome),
             Effect::Command(command) => {
                 let session = self.session.as_ref()?;
                 if !session.send(command) {
@@ -404,6 +422,7 @@ impl Driver {
 
     fn served_ended(&mut self, failure: Option<&ClusterFailure>) {
         self.parts.served.send_replace(None);
+        self.adapters.clear();
         for (answer, name) in self.unloading.drain(..) {
             // Who asked may be gone.
             drop(answer.send(Ok(name)));

@@ -60,6 +60,7 @@ impl Coordinator {
         let (joined, joined_out) = mpsc::channel(16);
         let (found, found_out) = mpsc::channel(16);
         let empty = ClusterStatus {
+            adapters: Vec::new(),
             links: Vec::new(),
             cluster: settings.cluster.clone(),
             instance: InstanceState::Idle,
@@ -76,6 +77,7 @@ impl Coordinator {
             settings,
             defaults: own,
             start: model,
+            adapters: Vec::new(),
             model: None,
             home: std::path::PathBuf::new(),
             hello,
@@ -146,7 +148,7 @@ impl Coordinator {
 
     async fn submit(&self, prompt: &[u32]) -> mpsc::Receiver<RequestEvent> {
         let (events, receiver) = mpsc::channel(16);
-        let request = Admitted { prompt: prompt.to_vec(), params: SamplingParams::default() };
+        let request = Admitted { prompt: prompt.to_vec(), params: SamplingParams::default(), adapter: None };
         self.commands.send(ServingCommand::Submit { request, events }).await.expect("the driver lives");
         receiver
     }

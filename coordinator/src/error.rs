@@ -1,6 +1,7 @@
 //! Why a coordinator ends, each with its cause and the next step.
 
 use crate::{
+    adapters::ServeAdapterError,
     core::{event::ClusterFailure, placement::WhyNot},
     model::ModelError,
     training::store::StoreError,
@@ -12,6 +13,8 @@ use std::{io, net::SocketAddr};
 pub enum CoordinatorError {
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    Adapter(#[from] ServeAdapterError),
     #[error(transparent)]
     Plan(#[from] WhyNot),
     #[error(transparent)]
@@ -58,6 +61,8 @@ impl CoordinatorError {
                 HubErrorKind::Access => ErrorKind::Access,
                 HubErrorKind::Resources => ErrorKind::Resources,
             },
+            Self::Adapter(ServeAdapterError::Task { .. }) => ErrorKind::Internal,
+            Self::Adapter(_) | Self::Cluster(ClusterFailure::Adapter { .. }) => ErrorKind::BadFile,
             Self::Plan(why) | Self::Cluster(ClusterFailure::DoesNotFit(why)) if why.is_usage() => ErrorKind::Usage,
             Self::Plan(_)
             | Self::Cluster(ClusterFailure::DoesNotFit(_) | ClusterFailure::DoesNotFitBeside { .. } | ClusterFailure::Engine { .. }) => {

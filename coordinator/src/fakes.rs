@@ -31,6 +31,8 @@ pub(crate) struct Told {
     pub(crate) links: Vec<wire::LinkRequest>,
     pub(crate) sessions: Vec<u64>,
     pub(crate) cancelled: Vec<u64>,
+    /// Loaded and not dropped, with the names of their tensors.
+    pub(crate) adapters: BTreeMap<u64, Vec<String>>,
 }
 
 /// Echoes prompts when it is the lead.
@@ -66,6 +68,23 @@ impl Engine for FakeEngine {
         let (outbound, stream) = mpsc::channel(64);
         tokio::spawn(self.clone().converse(request.into_inner(), outbound));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn load_adapter(&self, request: Request<Streaming<wire::AdapterPart>>) -> Result<Response<wire::AdapterLoaded>, Status> {
+        let (mut parts, mut adapter, mut names) = (request.into_inner(), 0, Vec::new());
+        while let Some(wire::AdapterPart { part: Some(part) }) = parts.message().await? {
+            match part {
+                wire::adapter_part::Part::Head(head) => adapter = head.adapter,
+                wire::adapter_part::Part::Tensor(tensor) => names.push(tensor.name),
+            }
+        }
+        self.told.lock().expect("not poisoned").adapters.insert(adapter, names);
+        Ok(Response::new(wire::AdapterLoaded { bytes: 1 }))
+    }
+
+    async fn drop_adapter(&self, request: Request<wire::DropAdapterRequest>) -> Result<Response<wire::AdapterDropped>, Status> {
+        self.told.lock().expect("not poisoned").adapters.remove(&request.into_inner().adapter);
+        Ok(Response::new(wire::AdapterDropped {}))
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`core`] decides and is pure; `driver` asks it and carries out what it says; [`discovery`], `links` and `grpc` are the
 //! network; [`api`] and [`chat`] face the client, and meet the rest in [`serving`] only.
 
+pub mod adapters;
 pub mod api;
 pub mod chat;
 mod cluster_file;

@@ -132,6 +132,7 @@ impl LoadedModel {
     pub fn served(&self, context_tokens: u32) -> ServedModel {
         ServedModel {
             id: self.facts.name.clone(),
+            adapter: None,
             vocab_size: self.facts.spec.vocab_size,
             context_tokens,
             tokenizer: Arc::clone(&self.tokenizer),

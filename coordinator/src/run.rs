@@ -1,6 +1,7 @@
 //! Starts and ends everything that a coordinator consists of, and owns its tasks.
 
 use crate::{
+    adapters::{AdapterArgument, OpenAdapter, Registry, ServeAdapterError},
     api,
     core::settings::{InstanceSettings, Settings},
     discovery::{
@@ -56,6 +57,8 @@ const HTTP_TIMEOUT: Duration = Duration::from_secs(6);
 pub struct CoordinatorOptions {
     /// A folder or a repository; None starts idle.
     pub model: Option<String>,
+    /// To be served beside it.
+    pub adapters: Vec<AdapterArgument>,
     pub cluster: ClusterName,
     /// For messages; the machine's name by default.
     pub name: Option<String>,
@@ -85,6 +88,7 @@ impl Default for CoordinatorOptions {
     fn default() -> Self {
         Self {
             model: None,
+            adapters: Vec::new(),
             cluster: "default".into(),
             name: None,
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
@@ -173,6 +177,7 @@ async fn serve(
     if let Some(model) = &model {
         loading::check(model, &defaults)?;
     }
+    let adapters = open_adapters(options, model.as_ref()).await?;
     let id = uuid::Uuid::new_v4().simple().to_string();
     let name = options.name.clone().unwrap_or_else(host_name);
     let started_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
@@ -192,6 +197,7 @@ async fn serve(
         settings: settings(options, &id),
         defaults,
         start,
+        adapters,
         model,
         home: options.home.clone(),
         hello,
@@ -212,6 +218,27 @@ async fn serve(
         Ok(Ok(Err(error))) => result.and(Err(CoordinatorError::Grpc(error))),
         _ => result,
     }
+}
+
+/// Those that the options name; all of them fit.
+async fn open_adapters(options: &CoordinatorOptions, model: Option<&model::LoadedModel>) -> Result<Vec<OpenAdapter>, CoordinatorError> {
+    let Some(facts) = model.map(|model| Arc::clone(&model.facts)) else {
+        return if options.adapters.is_empty() { Ok(Vec::new()) } else { Err(ServeAdapterError::NothingServed.into()) };
+    };
+    let wanted = options.adapters.clone();
+    let open = move || {
+        let mut open: Vec<OpenAdapter> = Vec::new();
+        let mut registry = Registry::default();
+        for AdapterArgument { name, path } in wanted {
+            let there: Vec<&str> = open.iter().map(|adapter| adapter.facts.name.as_str()).collect();
+            registry.reserve(&name, &facts, &there)?;
+            registry.read(&name);
+            open.push(OpenAdapter::open(&name, &path, &facts)?);
+        }
+        Ok::<_, ServeAdapterError>(open)
+    };
+    let open = tokio::task::spawn_blocking(open).await.map_err(|error| ServeAdapterError::Task { cause: error.to_string() })?;
+    Ok(open?)
 }
 
 /// The responder and the task that listens to it. Without multicast, only `--join` finds workers.
@@ -266,6 +293,7 @@ fn starting(options: &CoordinatorOptions) -> ClusterStatus {
         cluster: options.cluster.0.clone(),
         instance: InstanceState::WaitingForWorkers { found: 0, wanted: options.min_workers },
         plan: None,
+        adapters: Vec::new(),
         jobs: Vec::new(),
         workers: Vec::new(),
         load: EngineLoad::default(),

@@ -1,8 +1,10 @@
 //! The seam between the HTTP API and the cluster: requests go in, tokens come out, the state can be watched.
 
 use crate::{
+    adapters::{AdapterAnswer, ServeAdapterError},
     chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
     core::{
+        adapters::AdapterFacts,
         event::{ClusterFailure, EngineAt},
         settings::{InstanceSettings, TrainingFacts},
     },
@@ -10,22 +12,25 @@ use crate::{
 };
 use mlx_cluster_common::{
     engine::{EngineState, NodeFacts},
-    ids::{Epoch, InstanceId},
+    ids::{AdapterId, Epoch, InstanceId},
     links::LinkFacts,
     plan::Plan,
     request::{EngineLoad, FinishReason, TokenOut},
     sampling::SamplingParams,
 };
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Events that wait for a client that reads slowly; a request whose client falls further behind is cancelled.
 pub const EVENTS_BUFFERED_MAX: usize = 1024;
 
 /// What is being served, loaded once.
+#[derive(Clone)]
 pub struct ServedModel {
     /// The name under which clients ask for it: the repository's id or the folder's name.
     pub id: String,
+    /// Beside which its requests run; None for the model itself.
+    pub adapter: Option<AdapterId>,
     pub vocab_size: u32,
     /// Longest sequence, prompt and answer together.
     pub context_tokens: u32,
@@ -84,6 +89,8 @@ pub struct ClusterStatus {
     pub instance: InstanceState,
     /// Of the served model.
     pub plan: Option<Plan>,
+    /// Of the served model.
+    pub adapters: Vec<AdapterStatus>,
     pub jobs: Vec<JobStatus>,
     pub workers: Vec<WorkerStatus>,
     /// What was measured between the workers.
@@ -91,6 +98,36 @@ pub struct ClusterStatus {
     pub load: EngineLoad,
     /// host:port that a `worker --join` can use.
     pub join_addresses: Vec<String>,
+}
+
+/// An adapter of the served model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterStatus {
+    pub id: AdapterId,
+    pub facts: Arc<AdapterFacts>,
+    pub state: AdapterState,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AdapterState {
+    Loading,
+    Ready,
+    Failed {
+        message: String,
+    },
+    /// Taken away from new requests, while some still have it.
+    Leaving,
+}
+
+impl AdapterState {
+    pub fn name(&self) -> &'static str {
+        match self {
+            AdapterState::Loading => "loading",
+            AdapterState::Ready => "ready",
+            AdapterState::Failed { .. } => "failed",
+            AdapterState::Leaving => "leaving",
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -130,6 +167,8 @@ pub struct JobStatus {
 pub struct Admitted {
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
+    /// None for the model itself.
+    pub adapter: Option<AdapterId>,
 }
 
 /// What happens to a request, in order; the last one is `Finished` or `Failed`.
@@ -164,6 +203,10 @@ pub enum ServingCommand {
     Load { request: LoadRequest, answer: LoadAnswer },
     /// Take the served model's engines away; answered with its name once they are gone.
     Unload { answer: LoadAnswer },
+    /// Put an adapter beside the served model.
+    LoadAdapter { name: String, path: PathBuf, answer: AdapterAnswer },
+    /// Let no new request have an adapter, and take it away once none has it.
+    DropAdapter { name: String, answer: AdapterAnswer },
     /// Plan a job's engines and keep them alive. Dropping the receiver of `notes`, or not reading it, stops them.
     StartJob { instance: InstanceId, facts: Arc<TrainingFacts>, settings: InstanceSettings, notes: mpsc::Sender<RunnerNote> },
     /// A job's runner is in trouble with the engines of this epoch; `node` is who is blamed (by id or by name), if anybody.
@@ -218,7 +261,17 @@ impl Serving {
         self.ask(|answer| ServingCommand::Unload { answer }).await
     }
 
-    async fn ask(&self, command: impl FnOnce(LoadAnswer) -> ServingCommand) -> Option<Result<String, LoadError>> {
+    /// Puts an adapter beside the served model, answered once it can be asked for. None when the coordinator is stopping.
+    pub async fn load_adapter(&self, name: String, path: PathBuf) -> Option<Result<Arc<AdapterFacts>, ServeAdapterError>> {
+        self.ask(|answer| ServingCommand::LoadAdapter { name, path, answer }).await
+    }
+
+    /// Takes an adapter away, answered once no new request can have it. None when the coordinator is stopping.
+    pub async fn drop_adapter(&self, name: String) -> Option<Result<Arc<AdapterFacts>, ServeAdapterError>> {
+        self.ask(|answer| ServingCommand::DropAdapter { name, answer }).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> ServingCommand) -> Option<T> {
         let (answer, answered) = oneshot::channel();
         self.commands.send(command(answer)).await.ok()?;
         answered.await.ok()

@@ -5,7 +5,7 @@ use mlx_cluster_common::{
     PROTOCOL_VERSION, VERSION,
     cache::{CacheError, CacheOptions, CacheReservation, KvQuantization},
     engine::{EngineSpec, EngineState, EngineStatus, GroupLink, Link, ModelSource, NodeFacts, Peer, WeightPeer},
-    ids::{EngineId, Epoch, NodeId, SequenceId},
+    ids::{AdapterId, EngineId, Epoch, NodeId, SequenceId},
     plan::Collective,
     request::{Delivery, EngineLoad, FinishReason, SessionCommand, Submission, TokenOut},
     sampling::SamplingParams,
@@ -395,7 +395,8 @@ impl wire::StepFrame {
 
 impl From<Admission> for wire::Admission {
     fn from(admission: Admission) -> Self {
-        Self { sequence: admission.sequence.0, params: Some(admission.params.into()) }
+        let adapter = admission.adapter.map(|adapter| adapter.0);
+        Self { sequence: admission.sequence.0, params: Some(admission.params.into()), adapter }
     }
 }
 
@@ -404,7 +405,7 @@ impl TryFrom<wire::Admission> for Admission {
 
     fn try_from(admission: wire::Admission) -> Result<Self, WireError> {
         let params = admission.params.ok_or(WireError::Missing("params"))?.into();
-        Ok(Self { sequence: SequenceId(admission.sequence), params })
+        Ok(Self { sequence: SequenceId(admission.sequence), params, adapter: admission.adapter.map(AdapterId) })
     }
 }
 
@@ -483,8 +484,9 @@ impl From<SessionCommand> for wire::SessionCommand {
     fn from(command: SessionCommand) -> Self {
         use wire::session_command::Command;
         let command = match command {
-            SessionCommand::Submit(Submission { sequence, prompt, params }) => {
-                Command::Submit(wire::Submission { sequence: sequence.0, prompt, params: Some(params.into()) })
+            SessionCommand::Submit(Submission { sequence, prompt, params, adapter }) => {
+                let adapter = adapter.map(|adapter| adapter.0);
+                Command::Submit(wire::Submission { sequence: sequence.0, prompt, params: Some(params.into()), adapter })
             }
             SessionCommand::Cancel(sequence) => Command::Cancel(sequence.0),
         };
@@ -500,7 +502,8 @@ impl TryFrom<wire::Submission> for Submission {
             return Err(WireError::Missing("prompt"));
         }
         let params = submission.params.ok_or(WireError::Missing("params"))?.into();
-        Ok(Self { sequence: SequenceId(submission.sequence), prompt: submission.prompt, params })
+        let adapter = submission.adapter.map(AdapterId);
+        Ok(Self { sequence: SequenceId(submission.sequence), prompt: submission.prompt, params, adapter })
     }
 }
 

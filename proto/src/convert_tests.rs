@@ -16,6 +16,7 @@ fn step() -> Step {
         admissions: vec![Admission {
             sequence: SequenceId(1),
             params: SamplingParams { logit_bias: vec![(3, -1.5)], logprobs: Some(2), ..Default::default() },
+            adapter: Some(AdapterId(7)),
         }],
         releases: vec![SequenceId(7)],
         segments: vec![segment(1, vec![Token::Id(5), Token::Id(6)], None), segment(2, vec![Token::Previous], Some(8))],

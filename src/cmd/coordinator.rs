@@ -12,6 +12,7 @@ use crate::{
 use mlx_cluster_common::plan::{Collective, Optimize, Strategy, ToldStage};
 use mlx_cluster_coordinator::{
     CoordinatorOptions,
+    adapters::AdapterArgument,
     report::{self, Reporter},
 };
 use std::{
@@ -31,6 +32,9 @@ pub(crate) struct CoordinatorArgs {
     /// A folder (the same path on every worker) or a repository on the Hugging Face hub; without it the coordinator is idle
     #[arg(long, value_name = "PATH|REPO")]
     model: Option<String>,
+    /// An adapter that requests can ask for as MODEL:NAME, by the folder that mlx-lm wrote; its name is the folder's unless given. Can be repeated
+    #[arg(long, value_name = "[NAME=]PATH", requires = "model")]
+    adapter: Vec<AdapterArgument>,
     /// Nodes of the same name form a cluster
     #[arg(long, default_value = DEFAULT_CLUSTER, value_parser = cluster_name)]
     cluster: String,
@@ -78,6 +82,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     let http = args.http;
     let options = CoordinatorOptions {
         model: args.model,
+        adapters: args.adapter,
         cluster: args.cluster.as_str().into(),
         name: args.name,
         http,

@@ -56,6 +56,9 @@ fn text(status: &Value) -> String {
     if status["model"].is_object() {
         text += &format!("model {}, context {} tokens\n", shown("/model/id"), shown("/model/context_tokens"));
     }
+    for adapter in list(status, "adapters") {
+        text += &adapter_line(adapter);
+    }
     for job in list(status, "jobs") {
         text += &job_line(job);
     }
@@ -80,6 +83,13 @@ fn text(status: &Value) -> String {
 
 fn list<'a>(status: &'a Value, key: &str) -> &'a [Value] {
     status[key].as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+fn adapter_line(adapter: &Value) -> String {
+    let shown = |key: &str| plain(&adapter[key]);
+    let cause = if adapter["cause"].is_null() { String::new() } else { format!(" ({})", shown("cause")) };
+    let (name, state, kind, rank) = (shown("name"), shown("state"), shown("fine_tune_type"), shown("rank"));
+    format!("adapter {name}: {state}{cause}, {kind} of rank {rank} on {} matrices, {}\n", shown("modules"), bytes(&adapter["bytes"]))
 }
 
 fn job_line(job: &Value) -> String {

@@ -17,6 +17,8 @@ pub const ADAPTER_WEIGHTS_FILE: &str = "adapters.safetensors";
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterFiles {
     pub folder: PathBuf,
+    /// In that folder.
+    pub weights: PathBuf,
     pub adapter: Adapter,
 }
 
@@ -34,21 +36,30 @@ pub enum AdapterFileError {
 }
 
 impl AdapterFiles {
-    /// Reads the config and the header; not the tensors. Blocks on the disk.
-    pub fn open(folder: &Path) -> Result<Self, AdapterFileError> {
-        if let Some(file) = [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE].into_iter().find(|file| !folder.join(file).is_file()) {
-            return Err(AdapterFileError::NotThere { folder: folder.to_path_buf(), file });
+    /// Reads the config and the header; not the tensors. `path` is the folder, or a file of weights in it, as training leaves them at every
+    /// save. Blocks on the disk.
+    pub fn open(path: &Path) -> Result<Self, AdapterFileError> {
+        let (folder, weights) = match path.is_file() {
+            true => (path.parent().unwrap_or(path), path.to_path_buf()),
+            false => (path, path.join(ADAPTER_WEIGHTS_FILE)),
+        };
+        let not_there = |file| AdapterFileError::NotThere { folder: folder.to_path_buf(), file };
+        if !folder.join(ADAPTER_CONFIG_FILE).is_file() {
+            return Err(not_there(ADAPTER_CONFIG_FILE));
+        }
+        if !weights.is_file() {
+            return Err(not_there(ADAPTER_WEIGHTS_FILE));
         }
         let named = |cause| AdapterFileError::Adapter { folder: folder.to_path_buf(), cause };
         let config = AdapterConfig::from_json(&read_config(&folder.join(ADAPTER_CONFIG_FILE))?).map_err(named)?;
-        let header = read_header(&folder.join(ADAPTER_WEIGHTS_FILE))?;
-        let file = ADAPTER_WEIGHTS_FILE.to_owned();
+        let header = read_header(&weights)?;
+        let file = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let entries = header.tensors.into_iter().map(|(name, slot)| {
             (name, TensorEntry { file: file.clone(), dtype: slot.dtype, shape: slot.shape, offset: slot.offset, bytes: slot.bytes })
         });
         let tensors = WeightIndex { tensors: entries.collect(), ..WeightIndex::default() };
         let adapter = Adapter::new(config, tensors).map_err(named)?;
-        Ok(Self { folder: folder.to_path_buf(), adapter })
+        Ok(Self { folder: folder.to_path_buf(), weights, adapter })
     }
 }
 

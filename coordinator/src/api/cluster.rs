@@ -1,6 +1,6 @@
 //! `GET /v1/cluster`: everything that the coordinator knows of its cluster, for `mlx-cluster status`.
 
-use super::{Api, health::cause};
+use super::{Api, adapters::adapter_json, health::cause};
 use crate::serving::{ClusterStatus, EngineOn, InstanceState, JobStatus, WorkerStatus};
 use axum::{Json, extract::State};
 use mlx_cluster_common::{
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
     let status = api.status();
-    let ClusterStatus { cluster, instance, plan, jobs, workers, links, load, join_addresses } = &*status;
+    let ClusterStatus { cluster, instance, plan, adapters, jobs, workers, links, load, join_addresses } = &*status;
     let model = api.served_model().map(
         |model| json!({"id": model.id, "context_tokens": model.context_tokens, "vocab_size": model.vocab_size, "created": model.created}),
     );
@@ -25,6 +25,7 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Json<Value> {
         "instance": instance_json(instance, &status),
         "model": model,
         "plan": plan.as_ref().map(plan_json),
+        "adapters": adapters.iter().map(adapter_json).collect::<Vec<_>>(),
         "jobs": jobs.iter().map(|job| job_json(job, &status)).collect::<Vec<_>>(),
         "workers": workers.iter().map(|worker| worker_json(worker, &status)).collect::<Vec<_>>(),
         "links": links_json(links, workers),

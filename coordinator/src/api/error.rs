@@ -1,6 +1,6 @@
 //! Everything that can be wrong with a request, and the one place that maps it to an HTTP status and to OpenAI's error object.
 
-use crate::{loading::LoadError, serving::RequestFailure};
+use crate::{adapters::ServeAdapterError, loading::LoadError, serving::RequestFailure};
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -92,6 +92,7 @@ pub(super) enum JobErrorKind {
 /// What a client can do about a model that is not loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LoadErrorKind {
+    NotThere,
     /// Ask again when something else is over.
     Conflict,
     /// Ask for something else.
@@ -122,6 +123,7 @@ impl ApiError {
             E::Failure(RequestFailure::Refused { .. }) => StatusCode::BAD_REQUEST,
             E::BrokeOff | E::Failure(RequestFailure::Broken { .. }) => StatusCode::BAD_GATEWAY,
             E::Load { kind, .. } => match kind {
+                LoadErrorKind::NotThere => StatusCode::NOT_FOUND,
                 LoadErrorKind::Conflict => StatusCode::CONFLICT,
                 LoadErrorKind::BadModel => StatusCode::BAD_REQUEST,
                 LoadErrorKind::Network => StatusCode::BAD_GATEWAY,
@@ -211,6 +213,21 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+}
+
+impl From<ServeAdapterError> for ApiError {
+    fn from(error: ServeAdapterError) -> Self {
+        use ServeAdapterError as E;
+        let kind = match error {
+            E::NameTaken { .. } | E::NothingServed | E::TooMany => LoadErrorKind::Conflict,
+            E::NotThere { .. } => LoadErrorKind::NotThere,
+            E::Name { .. } | E::NameOfModel { .. } | E::File { .. } | E::Misfit { .. } | E::Full { .. } | E::Engines { .. } => {
+                LoadErrorKind::BadModel
+            }
+            E::Task { .. } => LoadErrorKind::Internal,
+        };
+        ApiError::Load { message: error.to_string(), kind }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The HTTP API, as OpenAI's clients know it: what comes in is checked here, and tokens go out as text.
 
+mod adapters;
 mod answer;
 mod body;
 mod chat;
@@ -31,7 +32,7 @@ mod tests;
 pub use listen::serve;
 
 use crate::{
-    serving::{ClusterStatus, InstanceState, ServedModel, Serving},
+    serving::{AdapterState, AdapterStatus, ClusterStatus, InstanceState, ServedModel, Serving},
     training::jobs::Jobs,
 };
 use axum::{
@@ -40,7 +41,7 @@ use axum::{
     http::{Method, Uri, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use error::{ApiError, shown};
 use guard::Guard;
@@ -80,11 +81,12 @@ impl Api {
 
     /// The model for a request that asks for `asked`, once it can answer.
     fn model(&self, asked: Option<String>) -> Result<Arc<ServedModel>, ApiError> {
-        let served = self.served_model();
+        let mut served = self.served_model();
         if let (Some(asked), Some(model)) = (&asked, &served)
             && !self.is_name_of(asked, model)
         {
-            return Err(self.not_found(asked, Some(model)));
+            let adapter = self.adapter_of(asked, model).ok_or_else(|| self.not_found(asked, Some(model)))?;
+            served = Some(Arc::new(beside(model, &adapter)));
         }
         if self.stopping.is_cancelled() {
             return Err(ApiError::Stopping);
@@ -112,13 +114,33 @@ impl Api {
             || planned()
     }
 
+    /// An adapter goes by its own name, and by that of the model, a colon and its own.
+    fn adapter_of(&self, asked: &str, model: &ServedModel) -> Option<AdapterStatus> {
+        let status = self.status();
+        let name = match asked.rsplit_once(':') {
+            Some((base, name)) if self.is_name_of(base, model) => name,
+            _ => asked,
+        };
+        status.adapters.iter().find(|adapter| adapter.facts.name == name && adapter.state != AdapterState::Leaving).cloned()
+    }
+
     fn not_found(&self, asked: &str, served: Option<&ServedModel>) -> ApiError {
         let served = match served {
-            Some(model) => format!("ask for `{}`", model.id),
+            Some(model) => {
+                let status = self.status();
+                let there = status.adapters.iter().filter(|adapter| adapter.state != AdapterState::Leaving);
+                let names: String = there.map(|adapter| format!(", or `{}`", beside(model, adapter).id)).collect();
+                format!("ask for `{}`{names}", model.id)
+            }
             None => "no model is; load one with POST /v1/cluster/load, or start the coordinator with --model".into(),
         };
         ApiError::ModelNotFound { asked: shown(asked), served }
     }
+}
+
+/// The model with an adapter, as requests see it.
+fn beside(model: &ServedModel, adapter: &AdapterStatus) -> ServedModel {
+    ServedModel { id: format!("{}:{}", model.id, adapter.facts.name), adapter: Some(adapter.id), ..model.clone() }
 }
 
 fn router(api: Arc<Api>) -> Router {
@@ -128,6 +150,10 @@ fn router(api: Arc<Api>) -> Router {
         .route("/tokenize", post(tokenize::tokenize))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
+        .route("/v1/adapters", get(adapters::list).post(adapters::load))
+        .route("/v1/adapters/{*name}", delete(adapters::delete))
+        .route("/v1/load_lora_adapter", post(adapters::load_as_vllm))
+        .route("/v1/unload_lora_adapter", post(adapters::unload_as_vllm))
         .route("/v1/cluster", get(cluster::cluster))
         .route("/v1/cluster/load", post(load::load))
         .route("/v1/cluster/unload", post(load::unload))

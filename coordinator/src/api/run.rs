@@ -50,7 +50,7 @@ impl Run {
         let mut run = Self { events: StreamMap::new(), answers: Vec::new(), generated_tokens: 0 };
         for (index, task) in tasks.into_iter().enumerate() {
             let timer = api.metrics.start(&model.id, task.prompt.ids.len());
-            let request = Admitted { prompt: task.prompt.ids.clone(), params: task.params };
+            let request = Admitted { prompt: task.prompt.ids.clone(), params: task.params, adapter: model.adapter };
             let receiver = api.serving.submit(request).await?;
             let end = futures_util::stream::once(async { None });
             run.events.insert(index, ReceiverStream::new(receiver).map(Some).chain(end).boxed());

@@ -130,6 +130,24 @@ impl Cluster {
             Event::SessionOpened { epoch } => {
                 self.with(InstanceId::SERVED, now, effects, |served, _| served.session_opened(epoch));
             }
+            Event::LoadAdapter { adapter, facts, is_given } => {
+                let taken = |served: &mut Instance, context: &mut Context<'_>| served.load_adapter(adapter, facts, is_given, context);
+                if self.with(InstanceId::SERVED, now, effects, taken).is_none() {
+                    effects.push(Effect::AdapterSettled { adapter, outcome: Err("no model is served".into()) });
+                }
+            }
+            Event::DropAdapter { adapter } => {
+                self.with(InstanceId::SERVED, now, effects, |served, context| served.drop_adapter(adapter, context));
+            }
+            Event::AdapterLoaded { epoch, engine, adapter, result } => {
+                let told =
+                    |served: &mut Instance, context: &mut Context<'_>| served.adapter_loaded(epoch, engine, adapter, result, context);
+                self.with(InstanceId::SERVED, now, effects, told);
+            }
+            Event::AdapterDropped { epoch, engine, adapter } => {
+                let told = |served: &mut Instance, context: &mut Context<'_>| served.adapter_dropped(epoch, engine, adapter, context);
+                self.with(InstanceId::SERVED, now, effects, told);
+            }
             Event::SessionBroken { instance, epoch, node, message } => {
                 self.with(instance, now, effects, |instance, context| instance.session_broken(epoch, node, message, context));
             }

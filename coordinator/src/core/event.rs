@@ -1,19 +1,20 @@
 //! What the coordinator's core is told, what it asks for, and how it can end.
 
 use super::{
+    adapters::{AdapterFacts, AdapterFailure, AdapterOutcome},
     placement::WhyNot,
     settings::{InstanceSettings, Kind},
 };
 use crate::serving::{Admitted, RequestEvent};
 use mlx_cluster_common::{
     engine::{EngineSpec, EngineStatus, Link, NodeFacts, Peer},
-    ids::{Epoch, InstanceId, NodeId, SequenceId},
+    ids::{AdapterId, Epoch, InstanceId, NodeId, SequenceId},
     links::LinkFacts,
     plan::Plan,
     request::{Delivery, SessionCommand},
     units::Bytes,
 };
-use std::time::Duration;
+use std::{ops::Range, sync::Arc, time::Duration};
 
 /// What a worker says is the case.
 #[derive(Debug, Default)]
@@ -64,6 +65,27 @@ pub enum Event {
     Delivered {
         epoch: Epoch,
         delivery: Delivery,
+    },
+    /// Have an adapter of the served model on all its engines. A number is never used again.
+    LoadAdapter {
+        adapter: AdapterId,
+        facts: Arc<AdapterFacts>,
+        /// By the user, at the start.
+        is_given: bool,
+    },
+    DropAdapter {
+        adapter: AdapterId,
+    },
+    AdapterLoaded {
+        epoch: Epoch,
+        engine: u32,
+        adapter: AdapterId,
+        result: Result<(), AdapterFailure>,
+    },
+    AdapterDropped {
+        epoch: Epoch,
+        engine: u32,
+        adapter: AdapterId,
     },
     Submitted {
         sequence: SequenceId,
@@ -116,6 +138,24 @@ pub enum Effect {
     CloseSession,
     /// For the open session.
     Command(SessionCommand),
+    /// Give an engine of the served model, which has these layers, an adapter; answered by `AdapterLoaded`.
+    LoadAdapter {
+        epoch: Epoch,
+        engine: EngineAt,
+        layers: Range<u32>,
+        adapter: AdapterId,
+    },
+    /// Answered by `AdapterDropped`, by the lead once no sequence has it any more.
+    DropAdapter {
+        epoch: Epoch,
+        engine: EngineAt,
+        adapter: AdapterId,
+    },
+    /// An adapter can be asked for; or it is not there (any more), for this reason.
+    AdapterSettled {
+        adapter: AdapterId,
+        outcome: AdapterOutcome,
+    },
     /// For a client; the last one of a request is `Finished` or `Failed`.
     Answer {
         sequence: SequenceId,
@@ -183,6 +223,8 @@ pub enum ClusterFailure {
         "the engines cannot be linked: {message} (blamed: worker {worker}); check that the workers reach each other and that no firewall closes their ports"
     )]
     Link { worker: String, message: String },
+    #[error("adapter `{name}` cannot be served: {message}")]
+    Adapter { name: String, message: String },
     #[error("worker {worker} made no progress with loading for {} s: see its log", waited.as_secs())]
     Stalled { worker: String, waited: Duration },
     #[error("the coordinator is stopping: start it again and ask then")]

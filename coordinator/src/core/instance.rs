@@ -2,6 +2,7 @@
 
 use super::{
     Now,
+    adapters::Adapters,
     deployment::{Blame, Deployment},
     event::{ClusterFailure, Effect},
     life_cycle::{ATTRIBUTION, GROUP_ATTRIBUTION, LOAD_STALL},
@@ -45,6 +46,11 @@ pub(super) enum Phase {
     Linking {
         epoch: Epoch,
         pending: BTreeSet<u32>,
+        until: Now,
+    },
+    /// Engines are given the adapters that they forgot.
+    Adapting {
+        epoch: Epoch,
         until: Now,
     },
     /// The session of a served model.
@@ -136,6 +142,8 @@ pub(super) struct Instance {
     pub(super) deployment: Option<Deployment>,
     /// Of a served model.
     pub(super) requests: Requests,
+    /// Of a served model.
+    pub(super) adapters: Adapters,
     pub(super) load: EngineLoad,
     pub(super) epoch: Epoch,
     /// Never been ready.
@@ -157,6 +165,7 @@ impl Instance {
             phase: Phase::Waiting,
             deployment: None,
             requests: Requests::default(),
+            adapters: Adapters::default(),
             load: EngineLoad::default(),
             epoch: Epoch(0),
             is_first_start: true,
@@ -203,7 +212,8 @@ impl Instance {
 
     /// What its engine may use of this worker's memory.
     pub(super) fn reserved(&self, node: &NodeId) -> Bytes {
-        self.deployment.as_ref().and_then(|deployment| deployment.engine_on(node)).map_or(Bytes(0), |engine| engine.memory)
+        let engine = self.deployment.as_ref().and_then(|deployment| deployment.engine_on(node));
+        engine.map_or(Bytes(0), |engine| engine.memory + self.adapters_on(&engine.layers, None))
     }
 
     pub(super) fn is_on(&self, node: &NodeId) -> bool {
@@ -217,17 +227,20 @@ impl Instance {
             Phase::Ready { .. } => InstanceState::Ready,
             Phase::Suspect { blame, .. } => InstanceState::Recovering { cause: blame.to_string() },
             Phase::Failed { message, .. } => InstanceState::Failed { message: message.clone() },
-            Phase::Waiting | Phase::Loading { .. } | Phase::Linking { .. } | Phase::Opening { .. } | Phase::Pausing { .. } => {
-                match (&self.cause, &self.refusal) {
-                    (Some(cause), Some((_, why))) => InstanceState::Recovering { cause: format!("{cause}; without it: {why}") },
-                    (Some(cause), None) => InstanceState::Recovering { cause: cause.clone() },
-                    (None, Some((_, why))) if !self.is_first_start => InstanceState::Recovering { cause: why.to_string() },
-                    (None, _) if matches!(self.phase, Phase::Waiting) => {
-                        InstanceState::WaitingForWorkers { found, wanted: self.wanted_workers(settings) }
-                    }
-                    (None, _) => InstanceState::Loading,
+            Phase::Waiting
+            | Phase::Loading { .. }
+            | Phase::Linking { .. }
+            | Phase::Adapting { .. }
+            | Phase::Opening { .. }
+            | Phase::Pausing { .. } => match (&self.cause, &self.refusal) {
+                (Some(cause), Some((_, why))) => InstanceState::Recovering { cause: format!("{cause}; without it: {why}") },
+                (Some(cause), None) => InstanceState::Recovering { cause: cause.clone() },
+                (None, Some((_, why))) if !self.is_first_start => InstanceState::Recovering { cause: why.to_string() },
+                (None, _) if matches!(self.phase, Phase::Waiting) => {
+                    InstanceState::WaitingForWorkers { found, wanted: self.wanted_workers(settings) }
                 }
-            }
+                (None, _) => InstanceState::Loading,
+            },
         }
     }
 
@@ -318,10 +331,14 @@ impl Instance {
 
     /// Takes a request while it is ready.
     pub(super) fn submitted(&mut self, sequence: SequenceId, request: Admitted, context: &mut Context<'_>) {
+        if let Some(failure) = self.adapters.refusal(request.adapter) {
+            context.effects.push(failed(sequence, failure));
+            return;
+        }
         match self.requests.admit(sequence, context.now) {
             Err(failure) => context.effects.push(failed(sequence, failure)),
             Ok(()) => {
-                let submission = Submission { sequence, prompt: request.prompt, params: request.params };
+                let submission = Submission { sequence, prompt: request.prompt, params: request.params, adapter: request.adapter };
                 context.effects.push(Effect::Command(SessionCommand::Submit(submission)));
             }
         }

@@ -35,6 +35,10 @@ impl Instance {
                 let (linked, late, epoch) = (pending.is_empty(), now >= *until, *epoch);
                 self.advance_linking(linked, late, epoch, context)
             }
+            Phase::Adapting { epoch, until } => {
+                let (late, epoch) = (now >= *until, *epoch);
+                self.advance_adapting(late, epoch, context)
+            }
             Phase::Opening { until, .. } => {
                 let late = now >= *until;
                 self.advance_opening(late, context)
@@ -85,7 +89,7 @@ impl Instance {
         true
     }
 
-    fn start_over(&mut self, context: &mut Context<'_>) -> bool {
+    pub(super) fn start_over(&mut self, context: &mut Context<'_>) -> bool {
         self.deployment = None;
         context.engines_changed = true;
         self.phase = Phase::Waiting;
@@ -145,9 +149,7 @@ impl Instance {
             self.is_ready_now(epoch);
             return true;
         }
-        let Some(addresses) = deployment.lead_addresses(context.members) else { return self.load(now) };
-        context.effects.push(Effect::OpenSession { epoch, name: deployment.lead_name(), addresses });
-        self.phase = Phase::Opening { epoch, until: now + LINK_TIMEOUT + Duration::from_secs(1) };
+        self.load_adapters(epoch, context);
         true
     }
 
@@ -162,14 +164,14 @@ impl Instance {
         late && self.link_late(LINK_TIMEOUT, context)
     }
 
-    fn link_late(&mut self, limit: Duration, context: &mut Context<'_>) -> bool {
+    pub(super) fn link_late(&mut self, limit: Duration, context: &mut Context<'_>) -> bool {
         let worker = self.deployment.as_ref().map(Deployment::lead_name).unwrap_or_default();
         self.link_failed(Blame { worker, message: format!("no answer within {} s", limit.as_secs()) }, context);
         true
     }
 
     /// Whether there is no point in going on with the current epoch.
-    fn engines_changed(&self, context: &Context<'_>) -> bool {
+    pub(super) fn engines_changed(&self, context: &Context<'_>) -> bool {
         self.deployment.as_ref().is_none_or(|deployment| trouble(deployment, context.members, context.now).is_some())
     }
 

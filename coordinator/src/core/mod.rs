@@ -1,5 +1,6 @@
 //! The decisions of the coordinator as pure code: no clock, no tasks, no network; `now` is an argument.
 
+pub mod adapters;
 mod addresses;
 pub mod cluster;
 mod deployment;
@@ -14,6 +15,8 @@ pub mod settings;
 mod status;
 mod wiring;
 
+#[cfg(test)]
+mod adapters_tests;
 #[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]

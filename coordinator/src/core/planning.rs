@@ -158,6 +158,7 @@ impl Instance {
             ],
             Phase::Loading { stalls_at } => vec![*stalls_at],
             Phase::Linking { until, .. }
+            | Phase::Adapting { until, .. }
             | Phase::Opening { until, .. }
             | Phase::Suspect { until, .. }
             | Phase::Pausing { until }

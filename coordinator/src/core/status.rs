@@ -5,7 +5,7 @@ use super::{
     instance::Instance,
     members::Member,
 };
-use crate::serving::{ClusterStatus, EngineOn, InstanceState, JobStatus, WorkerStatus};
+use crate::serving::{AdapterState, AdapterStatus, ClusterStatus, EngineOn, InstanceState, JobStatus, WorkerStatus};
 use mlx_cluster_common::{ids::InstanceId, plan::Plan};
 
 impl Cluster {
@@ -16,12 +16,20 @@ impl Cluster {
             cluster: self.settings.cluster.clone(),
             instance: self.instance_state(),
             plan: served.and_then(plan_of).cloned(),
+            adapters: served.map(|served| served.adapters.status()).unwrap_or_default(),
             jobs: jobs.map(|job| self.job_status(job)).collect(),
             workers: self.members.iter().map(|member| self.worker_status(member)).collect(),
             links: self.members.links(),
             load: served.map(|served| served.load).unwrap_or_default(),
             join_addresses: join_addresses.to_vec(),
         }
+    }
+
+    /// Those of the served model that new requests can have, now or soon.
+    pub fn adapters(&self) -> Vec<AdapterStatus> {
+        let mut adapters = self.instances.get(&InstanceId::SERVED).map(|served| served.adapters.status()).unwrap_or_default();
+        adapters.retain(|adapter| adapter.state != AdapterState::Leaving);
+        adapters
     }
 
     fn job_status(&self, job: &Instance) -> JobStatus {

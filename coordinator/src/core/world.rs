@@ -4,6 +4,7 @@ mod reactions;
 
 use super::{
     Now,
+    adapters::AdapterOutcome,
     cluster::Cluster,
     event::{ClusterFailure, EngineAt, Event},
     placement::tests::{model, node},
@@ -12,7 +13,7 @@ use super::{
 use crate::serving::{Admitted, InstanceState, RequestEvent};
 use mlx_cluster_common::{
     engine::{EngineSpec, EngineState, Link, ModelSource, NodeFacts, Peer},
-    ids::{Epoch, InstanceId, NodeId, SequenceId},
+    ids::{AdapterId, Epoch, InstanceId, NodeId, SequenceId},
     links::{LinkFacts, Medium},
     plan::{Plan, Strategy},
     sampling::SamplingParams,
@@ -147,6 +148,11 @@ enum Later {
         incarnation: u64,
         lost: String,
     },
+    Adapter {
+        epoch: Epoch,
+        engine: EngineAt,
+        adapter: AdapterId,
+    },
     Open {
         epoch: Epoch,
         lead: NodeId,
@@ -193,6 +199,9 @@ pub(crate) struct World {
     pub(crate) jobs: BTreeMap<InstanceId, FakeRunner>,
     /// Ends of served models.
     pub(crate) served_ends: Vec<Option<ClusterFailure>>,
+    /// What engines hold of adapters, in which epoch.
+    pub(crate) adapters: BTreeMap<(AdapterId, u32), Epoch>,
+    pub(crate) settled: BTreeMap<AdapterId, AdapterOutcome>,
     /// What each engine was told last.
     pub(crate) links: BTreeMap<(InstanceId, u32), Link>,
     /// Whether workers measure the ways between them.
@@ -225,6 +234,8 @@ impl World {
             usable: 4_000_000_000,
             jobs: BTreeMap::new(),
             served_ends: Vec::new(),
+            adapters: BTreeMap::new(),
+            settled: BTreeMap::new(),
             links: BTreeMap::new(),
             measures: true,
             cluster,
@@ -400,7 +411,7 @@ impl World {
 
     pub(crate) fn submit(&mut self, sequence: u64) -> SequenceId {
         let sequence = SequenceId(sequence);
-        let request = Admitted { prompt: vec![1], params: SamplingParams::default() };
+        let request = Admitted { prompt: vec![1], params: SamplingParams::default(), adapter: None };
         assert!(self.answers.insert(sequence, Vec::new()).is_none(), "a number is used once");
         self.tell(Event::Submitted { sequence, request });
         sequence

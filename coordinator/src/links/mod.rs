@@ -1,11 +1,13 @@
 //! The coordinator's connections: one task for each worker, one for the session with the lead, one call for each link.
 
+pub(crate) mod adapter;
 pub(crate) mod engine;
 pub(crate) mod session;
 pub(crate) mod worker;
 
 use crate::{
-    core::event::Event,
+    adapters::{AdapterAnswer, OpenAdapter, ServeAdapterError},
+    core::{event::Event, settings::ModelFacts},
     discovery::{PEERS_MAX, Peer},
 };
 use mlx_cluster_common::{
@@ -13,7 +15,7 @@ use mlx_cluster_common::{
     ids::NodeId,
 };
 use mlx_cluster_proto::wire::Hello;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -25,6 +27,12 @@ pub(crate) enum Note {
     Held {
         node: NodeId,
         message: String,
+    },
+    /// An adapter was read for whoever waits for `answer`.
+    AdapterRead {
+        name: String,
+        read: Result<OpenAdapter, ServeAdapterError>,
+        answer: AdapterAnswer,
     },
     /// The task of a worker ended, because it was forgotten.
     LinkEnded(NodeId),
@@ -105,9 +113,34 @@ impl Links {
 
     /// Calls an engine; the answer comes as a note.
     pub(crate) fn link(&self, call: engine::LinkCall) {
+        self.call(call.run());
+    }
+
+    pub(crate) fn load_adapter(&self, call: adapter::LoadCall) {
+        self.call(call.run());
+    }
+
+    pub(crate) fn drop_adapter(&self, call: adapter::DropCall) {
+        self.call(call.run());
+    }
+
+    /// Reads an adapter from the disk; a note says how it went.
+    pub(crate) fn read_adapter(&self, name: String, path: PathBuf, model: Arc<ModelFacts>, answer: AdapterAnswer) {
         let notes = self.notes.clone();
         let work = async move {
-            let event = call.run().await;
+            let its_name = name.clone();
+            let read = tokio::task::spawn_blocking(move || OpenAdapter::open(&its_name, &path, &model)).await;
+            let read = read.unwrap_or_else(|error| Err(ServeAdapterError::Task { cause: error.to_string() }));
+            // Fails only when the driver has ended.
+            drop(notes.send(Note::AdapterRead { name, read, answer }).await);
+        };
+        self.tasks.spawn(self.stop.clone().run_until_cancelled_owned(work));
+    }
+
+    fn call(&self, call: impl Future<Output = Event> + Send + 'static) {
+        let notes = self.notes.clone();
+        let work = async move {
+            let event = call.await;
             // Fails only when the driver has ended, and nobody waits for the answer.
             drop(notes.send(Note::Event(event)).await);
         };

@@ -225,7 +225,7 @@ impl Dropout {
 }
 
 /// The entries of these ranges of an axis, one range after the other.
-fn entries(array: &Array, axis: usize, ranges: &[Range<u32>]) -> Result<Array, LmError> {
+pub(crate) fn entries(array: &Array, axis: usize, ranges: &[Range<u32>]) -> Result<Array, LmError> {
     let parts = ranges.iter().map(|range| {
         let (mut start, mut stop) = (vec![0; array.ndim()], array.shape().to_vec());
         (start[axis], stop[axis]) = (range.start as i32, range.end as i32);

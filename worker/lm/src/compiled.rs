@@ -9,6 +9,10 @@ use crate::{
     error::LmError,
     group::in_order,
     parameters::Parameters,
+    served::{
+        Adaptable,
+        rows::{self, Rows},
+    },
 };
 use mlx_rs::{Array, error::Exception, transforms::compile::compile};
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
@@ -47,6 +51,8 @@ struct Piece {
 /// How many arrays of each kind cross the border of a piece, besides the stream itself.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counts {
+    /// Into every piece, where rows have adapters.
+    slots: usize,
     layer_inputs: usize,
     /// Into a piece: what comes out of a cache. Out of it: what goes there.
     mixed: usize,
@@ -71,23 +77,26 @@ struct Stream {
 
 impl Pieces {
     /// Nothing is traced yet: that happens at the first call for each number of rows. `takes_layer_inputs`: they come from the stage before.
-    pub fn new(layers: &[Layer], ends: &Ends, takes_layer_inputs: bool) -> Self {
+    /// `has_adapters`: for steps with rows that have some, of those that are beside the matrices now.
+    pub fn new(layers: &[Layer], ends: &Ends, takes_layer_inputs: bool, has_adapters: bool) -> Self {
+        let slots = usize::from(has_adapters);
         let mut functions: BTreeMap<String, Function> = BTreeMap::new();
         let mut fragments: Vec<Fragment> = ends.entry.iter().map(|entry| Fragment::Entry(Box::new(entry.clone()))).collect();
         let (mut pieces, mut mixes) = (Vec::new(), Vec::new());
-        let mut takes = Counts { layer_inputs: usize::from(takes_layer_inputs), ..Counts::default() };
+        let mut takes = Counts { slots, layer_inputs: usize::from(takes_layer_inputs), ..Counts::default() };
         for (number, layer) in layers.iter().enumerate() {
             fragments.push(Fragment::Before(Box::new(layer.before.clone())));
             if let Some(mix) = &layer.mix {
                 let (takes_by_mix, _) = layer.before.arity();
                 let piece = Piece::new(std::mem::take(&mut fragments), takes, &mut functions);
                 takes = Counts {
+                    slots,
                     layer_inputs: takes.layer_inputs.max(piece.gives.layer_inputs),
                     mixed: mix.outputs(),
                     beside: piece.gives.beside,
                 };
                 pieces.push(piece);
-                mixes.push((number, CompiledMix::of(mix, &layer.before.signature(), takes_by_mix, &mut functions)));
+                mixes.push((number, CompiledMix::of(mix, &layer.before.signature(), takes_by_mix, has_adapters, &mut functions)));
             }
             fragments.push(Fragment::After(Box::new(layer.after.clone())));
         }
@@ -106,8 +115,10 @@ impl Pieces {
         mut mix: impl FnMut(usize, &Flow, Option<&CompiledMix>) -> Result<Vec<Array>, LmError>,
     ) -> Result<(Array, Option<Array>), LmError> {
         let mut stream = Stream { x: input.clone(), layer_inputs, flow: Flow::default() };
+        let rows = rows::current();
+        let slots = rows.as_ref().map(Rows::slots);
         for (i, piece) in self.pieces.iter().enumerate() {
-            stream = piece.call(stream, offsets)?;
+            stream = piece.call(stream, offsets, slots)?;
             if let Some((layer, compiled)) = self.mixes.get(i) {
                 stream.flow.mixed = mix(*layer, &stream.flow, compiled.as_ref())?;
             }
@@ -118,7 +129,7 @@ impl Pieces {
 
 impl Piece {
     fn new(fragments: Vec<Fragment>, takes: Counts, functions: &mut BTreeMap<String, Function>) -> Self {
-        let mut inputs = vec![Array::from_int(0); 2 + takes.layer_inputs + takes.mixed + takes.beside];
+        let mut inputs = vec![Array::from_int(0); 2 + takes.slots + takes.layer_inputs + takes.mixed + takes.beside];
         fragments.iter().for_each(|fragment| fragment.each(&mut |array| inputs.push(array.clone())));
         let made = fragments.iter().any(|fragment| matches!(fragment, Fragment::Entry(entry) if entry.makes_layer_inputs()));
         let (mixed, beside) = match fragments.last() {
@@ -127,14 +138,14 @@ impl Piece {
         };
         let signature: String = fragments.iter().map(|fragment| fragment.signature() + "; ").collect();
         let function = functions.entry(format!("{takes:?} {signature}")).or_insert_with(|| compiled(fragments, takes));
-        let gives = Counts { layer_inputs: usize::from(made), mixed, beside };
+        let gives = Counts { slots: 0, layer_inputs: usize::from(made), mixed, beside };
         Self { function: Rc::clone(function), inputs: RefCell::new(inputs), gives }
     }
 
-    fn call(&self, stream: Stream, offsets: &Array) -> Result<Stream, LmError> {
+    fn call(&self, stream: Stream, offsets: &Array, slots: Option<&Array>) -> Result<Stream, LmError> {
         let Stream { x, layer_inputs, flow } = stream;
         let mut inputs = self.inputs.borrow_mut();
-        let given = [x, offsets.clone()].into_iter().chain(layer_inputs.clone()).chain(flow.mixed).chain(flow.beside);
+        let given = [x, offsets.clone()].into_iter().chain(slots.cloned()).chain(layer_inputs.clone()).chain(flow.mixed).chain(flow.beside);
         inputs.iter_mut().zip(given).for_each(|(slot, array)| *slot = array);
         let mut outputs = (self.function.borrow_mut())(&inputs)?.into_iter();
         let mut take = |n: usize| outputs.by_ref().take(n).collect::<Vec<_>>();
@@ -176,13 +187,14 @@ impl Fragment {
     }
 }
 
-/// The fragments one after the other, as a function of `[x, offsets, layer inputs, mixed.., beside.., weights..]`.
+/// The fragments one after the other, as a function of `[x, offsets, slots, layer inputs, mixed.., beside.., weights..]`.
 fn compiled(fragments: Vec<Fragment>, takes: Counts) -> Function {
     function(move |inputs: &[Array]| {
         let mut inputs = inputs.iter();
         let mut next = || inputs.next().cloned().ok_or_else(|| LmError::Mlx("a compiled piece got too few arrays".into()));
         let (x, offsets) = (next()?, next()?);
         let mut take = |n: usize| (0..n).map(|_| next()).collect::<Result<Vec<_>, _>>();
+        let slots = take(takes.slots)?.pop().map(|slots| Rows::new(&slots)).transpose()?;
         let layer_inputs = take(takes.layer_inputs)?.pop();
         let flow = Flow { mixed: take(takes.mixed)?, beside: take(takes.beside)? };
         let mut stream = Stream { x, layer_inputs, flow };
@@ -190,7 +202,7 @@ fn compiled(fragments: Vec<Fragment>, takes: Counts) -> Function {
         for fragment in &fragments {
             let mut traced = fragment.clone();
             replace(&mut traced, &mut next)?;
-            made = traced.run(&mut stream, &offsets)?.or(made);
+            made = rows::with(slots.clone(), || traced.run(&mut stream, &offsets))?.or(made);
         }
         Ok([stream.x].into_iter().chain(made).chain(stream.flow.mixed).chain(stream.flow.beside).collect())
     })
@@ -221,14 +233,15 @@ pub enum CompiledMix {
 
 impl CompiledMix {
     /// None for attention, which is left to the layer.
-    fn of(mix: &Mix, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Option<Self> {
+    fn of(mix: &Mix, signature: &str, arity: usize, has_adapters: bool, functions: &mut BTreeMap<String, Function>) -> Option<Self> {
         match mix {
             Mix::Recurrent(recurrence) => {
-                Some(Self::Step(Box::new(CompiledStep::new((**recurrence).clone(), signature, arity, functions))))
+                let step = CompiledStep::new((**recurrence).clone(), signature, arity, has_adapters, functions);
+                Some(Self::Step(Box::new(step)))
             }
             Mix::Parallel(mixes) => {
                 let part = |(i, (n, mix)): (usize, &(usize, Mix))| {
-                    let compiled = Self::of(mix, &format!("part {i} of {signature}"), *n, functions);
+                    let compiled = Self::of(mix, &format!("part {i} of {signature}"), *n, has_adapters, functions);
                     (*n, compiled.unwrap_or_else(|| Self::Uncompiled(Box::new(mix.clone()))))
                 };
                 Some(Self::Parallel(mixes.iter().enumerate().map(part).collect()))
@@ -260,16 +273,16 @@ impl CompiledMix {
 pub struct CompiledStep {
     function: Function,
     recurrence: Recurrence,
-    /// `[rows.., state..]` come before them.
+    /// `[slots, rows.., state..]` come before them.
     weights: Vec<Array>,
 }
 
 impl CompiledStep {
-    fn new(recurrence: Recurrence, signature: &str, arity: usize, functions: &mut BTreeMap<String, Function>) -> Self {
+    fn new(recurrence: Recurrence, signature: &str, arity: usize, has_adapters: bool, functions: &mut BTreeMap<String, Function>) -> Self {
         let mut weights = Vec::new();
         recurrence.each(&mut |array| weights.push(array.clone()));
         let key = format!("step {}", with_arrays(signature, &recurrence));
-        let function = functions.entry(key).or_insert_with(|| compiled_step(recurrence.clone(), arity));
+        let function = functions.entry(key).or_insert_with(|| compiled_step(recurrence.clone(), arity, has_adapters));
         Self { function: Rc::clone(function), recurrence, weights }
     }
 
@@ -279,7 +292,9 @@ impl CompiledStep {
             // The first token sets the state's types, which a compiled step keeps.
             return self.recurrence.forward(rows, state);
         }
-        let inputs: Vec<Array> = rows.iter().cloned().chain(state.arrays.drain(..)).chain(self.weights.iter().cloned()).collect();
+        let slots = rows::current().map(|rows| rows.slots().clone());
+        let inputs: Vec<Array> =
+            slots.into_iter().chain(rows.iter().cloned()).chain(state.arrays.drain(..)).chain(self.weights.iter().cloned()).collect();
         let mut outputs = (self.function.borrow_mut())(&inputs)?;
         if outputs.is_empty() {
             return Err(LmError::Mlx("a compiled step gave nothing".into()));
@@ -289,17 +304,19 @@ impl CompiledStep {
     }
 }
 
-/// A recurrence's step as a function of `[rows.., state.., weights..]`.
-fn compiled_step(recurrence: Recurrence, arity: usize) -> Function {
+/// A recurrence's step as a function of `[slots, rows.., state.., weights..]`.
+fn compiled_step(recurrence: Recurrence, arity: usize, has_adapters: bool) -> Function {
     let mut n_weights = 0;
     recurrence.each(&mut |_| n_weights += 1);
     function(move |inputs: &[Array]| {
+        let (slots, inputs) = inputs.split_at(usize::from(has_adapters).min(inputs.len()));
+        let slots = slots.first().map(Rows::new).transpose()?;
         let (rows, rest) = inputs.split_at(arity.min(inputs.len()));
         let (state, weights) = rest.split_at(rest.len().saturating_sub(n_weights));
         let mut weights = weights.iter();
         let mut traced = recurrence.clone();
         replace(&mut traced, &mut || weights.next().cloned().ok_or_else(|| LmError::Mlx("a compiled step got too few arrays".into())))?;
-        let (y, moved) = traced.step(rows, state)?;
+        let (y, moved) = rows::with(slots, || traced.step(rows, state))?;
         Ok([y].into_iter().chain(moved).collect())
     })
 }
@@ -320,6 +337,15 @@ impl Parameters for Fragment {
             Fragment::Before(before) => before.each_mut(visit),
             Fragment::After(after) => after.each_mut(visit),
             Fragment::Exit(exit) => exit.each_mut(visit),
+        }
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        match self {
+            Fragment::Entry(entry) => entry.each_matrix(visit),
+            Fragment::Before(before) => before.each_matrix(visit),
+            Fragment::After(after) => after.each_matrix(visit),
+            Fragment::Exit(exit) => exit.each_matrix(visit),
         }
     }
 }

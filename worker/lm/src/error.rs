@@ -1,6 +1,9 @@
 //! What can go wrong in the maths.
 
-use mlx_cluster_common::{cache::CacheError, ids::SequenceId};
+use mlx_cluster_common::{
+    cache::CacheError,
+    ids::{AdapterId, SequenceId},
+};
 use mlx_rs::error::Exception;
 
 /// A step that failed leaves the caches undefined: the engine has to drop all sequences, or end.
@@ -26,6 +29,10 @@ pub enum LmError {
     OutOfStep { sequence: SequenceId, start: u32, held: u32 },
     #[error("the adapter of `{path}` cannot be used: {cause}")]
     Adapter { path: String, cause: String },
+    #[error("adapter {adapter} is loaded already")]
+    AdapterTwice { adapter: AdapterId },
+    #[error("adapter {adapter} is not loaded on this stage")]
+    UnknownAdapter { adapter: AdapterId },
     #[error("this model cannot be trained so: {0}")]
     NotTrained(String),
     #[error("tensor-parallel group: {0}")]

@@ -16,6 +16,7 @@ pub mod probe;
 pub mod rope;
 pub mod sample;
 mod sequences;
+pub mod served;
 pub mod shard;
 mod stack;
 pub mod tuner;

@@ -7,6 +7,10 @@ use crate::{
     ffi::{self, Quantised},
     group::{Group, Vocabulary},
     parameters::parameters,
+    served::{
+        Adaptable, Kind, Site, Stacks,
+        rows::{self, Rows},
+    },
     weights::Weights,
 };
 use mlx_cluster_common::spec::{EmbeddingSpec, ExpertsSpec, LinearSpec, Quantization, QuantizationScheme};
@@ -46,6 +50,18 @@ impl Matrix {
         Self::load(&mut weights.only(names.iter().map(String::as_str)), path, quantization)
     }
 
+    /// Of the numbers: `[.., output, input]`.
+    pub(crate) fn shape(&self) -> Vec<i32> {
+        match self {
+            Matrix::Dense { weight } => weight.shape().to_vec(),
+            Matrix::Quantised { scales, scheme, .. } => {
+                let mut shape = scales.shape().to_vec();
+                shape.iter_mut().last().into_iter().for_each(|groups| *groups *= scheme.group_size as i32);
+                shape
+            }
+        }
+    }
+
     /// As numbers, `[.., output, input]`.
     pub(crate) fn dense(&self) -> Result<Array, LmError> {
         match self {
@@ -78,7 +94,7 @@ impl Matrix {
     }
 
     /// Rows `indices` as numbers; bfloat16 where the scales are bytes, as in mlx.
-    fn rows(&self, indices: &Array) -> Result<Array, LmError> {
+    pub(crate) fn rows(&self, indices: &Array) -> Result<Array, LmError> {
         match self {
             Matrix::Dense { weight } => Ok(weight.take_axis(indices, 0)?),
             Matrix::Quantised { weight, scales, biases, scheme } => {
@@ -121,6 +137,27 @@ impl Parameters for Matrix {
             }
         }
     }
+
+    fn each_matrix(&mut self, _: &mut dyn FnMut(Adaptable<'_>)) {}
+}
+
+/// Implements [`Parameters`] for a block with one matrix that adapters can sit on.
+macro_rules! adaptable {
+    ($type:ident as $kind:ident: $($field:ident),+) => {
+        impl Parameters for $type {
+            fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
+                $(self.$field.each(visit);)+
+            }
+
+            fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
+                $(self.$field.each_mut(visit);)+
+            }
+
+            fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+                visit(Adaptable { matrix: &self.matrix, kind: Kind::$kind, site: &self.site, stacks: &mut self.stacks });
+            }
+        }
+    };
 }
 
 /// `y = x Wᵀ + b`.
@@ -129,9 +166,13 @@ pub struct Linear {
     matrix: Matrix,
     bias: Option<Array>,
     across: Across,
+    /// While it is trained.
     low_rank: Option<Box<LowRank>>,
+    site: Site,
+    /// While it is served.
+    stacks: Option<Box<Stacks>>,
 }
-parameters!(Linear: matrix, bias);
+adaptable!(Linear as Linear: matrix, bias, stacks);
 
 /// What becomes of the outputs that the ranks of a group have.
 #[derive(Debug, Clone)]
@@ -154,7 +195,7 @@ impl Linear {
             (None, None) => Across::Nothing,
         };
         let low_rank = LowRank::load(weights, &spec.path)?.map(Box::new);
-        Ok(Self { matrix, bias, across, low_rank })
+        Ok(Self { matrix, bias, across, low_rank, site: Site::of(weights, &spec.path), stacks: None })
     }
 
     /// Leaves the sum over the ranks to the caller, who sums more than this; None when there is nothing to sum.
@@ -167,6 +208,9 @@ impl Linear {
 
     /// `[.., input] -> [.., output]`.
     pub fn forward(&self, x: &Array) -> Result<Array, LmError> {
+        if let (Some(stacks), Some(rows)) = (&self.stacks, rows::current()) {
+            return self.adapted(x, stacks, &rows);
+        }
         match &self.across {
             Across::Nothing => self.own(x),
             Across::Gather(vocabulary) => vocabulary.gather(&self.own(x)?),
@@ -176,6 +220,27 @@ impl Linear {
                 let sum = self.with_gain(sum, x, Some(group))?;
                 self.bias.as_ref().map_or(Ok(sum.clone()), |bias| Ok(ops::add(sum, bias)?))
             }
+        }
+    }
+
+    /// Each row with its adapter.
+    fn adapted(&self, x: &Array, stacks: &Stacks, rows: &Rows) -> Result<Array, LmError> {
+        let biased = |y: &Array| self.bias.as_ref().map_or(Ok(y.clone()), |bias| Ok::<_, LmError>(ops::add(y, bias)?));
+        if let Across::Sum(group) = &self.across {
+            let sum = group.all_sum(&stacks.add_to(&self.matrix.apply(x)?, x, rows)?)?;
+            return biased(&stacks.gained(sum, rows)?);
+        }
+        let own = match &self.bias {
+            // What DoRA multiplies has no bias in it.
+            Some(_) if stacks.has_gains() => {
+                let adapted = stacks.gained(stacks.add_to(&self.matrix.apply(x)?, x, rows)?, rows)?;
+                rows.choose(&self.plain(x)?, &biased(&adapted)?)?
+            }
+            _ => stacks.gained(stacks.add_to(&self.plain(x)?, x, rows)?, rows)?,
+        };
+        match &self.across {
+            Across::Gather(vocabulary) => vocabulary.gather(&own),
+            Across::Nothing | Across::Sum(_) => Ok(own),
         }
     }
 
@@ -219,8 +284,10 @@ pub struct Embedding {
     /// When the ranks of a group have a part of the rows each.
     vocabulary: Option<Vocabulary>,
     low_rank: Option<Box<LowRankTable>>,
+    site: Site,
+    stacks: Option<Box<Stacks>>,
 }
-parameters!(Embedding: matrix);
+adaptable!(Embedding as Table: matrix, stacks);
 
 impl Embedding {
     pub fn load(weights: &mut Weights, spec: &EmbeddingSpec, quantization: &Quantization) -> Result<Self, LmError> {
@@ -235,7 +302,7 @@ impl Embedding {
                 cause: "DoRA does not work on an embedding that is split over ranks".into(),
             });
         }
-        Ok(Self { matrix, vocabulary, low_rank })
+        Ok(Self { matrix, vocabulary, low_rank, site: Site::of(weights, &spec.path), stacks: None })
     }
 
     /// `[..] -> [.., dims]`.
@@ -244,6 +311,9 @@ impl Embedding {
             None => self.matrix.rows(ids)?,
             Some(vocabulary) => vocabulary.look_up(ids, |own| self.matrix.rows(own))?,
         };
+        if let (Some(stacks), Some(adapters)) = (&self.stacks, rows::current()) {
+            return stacks.add_to_table_rows(&rows, ids, &adapters);
+        }
         self.low_rank.as_ref().map_or(Ok(rows.clone()), |low_rank| low_rank.add_to_rows(&rows, ids))
     }
 
@@ -251,6 +321,9 @@ impl Embedding {
     pub fn as_linear(&self, x: &Array) -> Result<Array, LmError> {
         let logits = self.matrix.apply(x)?;
         let logits = self.vocabulary.as_ref().map_or(Ok(logits.clone()), |vocabulary| vocabulary.gather(&logits))?;
+        if let (Some(stacks), Some(rows)) = (&self.stacks, rows::current()) {
+            return stacks.add_to_logits(&logits, x, &rows);
+        }
         self.low_rank.as_ref().map_or(Ok(logits.clone()), |low_rank| low_rank.add_to_logits(&logits, x, &self.matrix))
     }
 }
@@ -262,8 +335,10 @@ pub struct Experts {
     /// `[n_experts, output]`
     bias: Option<Array>,
     low_rank: Option<Box<LowRankStack>>,
+    site: Site,
+    stacks: Option<Box<Stacks>>,
 }
-parameters!(Experts: matrix, bias);
+adaptable!(Experts as Experts: matrix, bias, stacks);
 
 impl Experts {
     pub fn load(weights: &mut Weights, spec: &ExpertsSpec, quantization: &Quantization) -> Result<Self, LmError> {
@@ -276,7 +351,8 @@ impl Experts {
             }
             (bias, _) => bias,
         };
-        Ok(Self { matrix, bias, low_rank: LowRankStack::load(weights, &spec.path)?.map(Box::new) })
+        let low_rank = LowRankStack::load(weights, &spec.path)?.map(Box::new);
+        Ok(Self { matrix, bias, low_rank, site: Site::of(weights, &spec.path), stacks: None })
     }
 
     /// `x` `[.., 1, 1, input]` (or `[rows, 1, input]` sorted by expert) through the experts `indices`.
@@ -286,6 +362,9 @@ impl Experts {
             Some(bias) => ops::add(y, bias.take_axis(indices, 0)?.expand_dims(-2)?)?,
             None => y,
         };
+        if let (Some(stacks), Some(rows)) = (&self.stacks, rows::current()) {
+            return stacks.add_to_routed(&y, x, indices, self.matrix.shape()[0], &rows);
+        }
         self.low_rank.as_ref().map_or(Ok(y.clone()), |low_rank| low_rank.add_to(&y, x, indices, sorted))
     }
 }
@@ -310,142 +389,5 @@ impl HeadLinear {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use mlx_cluster_common::spec::QuantizationMode;
-    use mlx_rs::Dtype;
-
-    fn schemes() -> Vec<QuantizationScheme> {
-        let affine = [2, 3, 4, 5, 6, 8].into_iter().flat_map(|bits| {
-            [32, 64, 128]
-                .map(|group_size| QuantizationScheme::new(QuantizationMode::Affine, Some(group_size), Some(bits)).expect("allowed"))
-        });
-        let floats = [QuantizationMode::Mxfp4, QuantizationMode::Nvfp4, QuantizationMode::Mxfp8]
-            .map(|mode| QuantizationScheme::new(mode, None, None).expect("allowed"));
-        affine.chain(floats).collect()
-    }
-
-    fn numbers(shape: &[i32], seed: u64) -> Array {
-        mlx_rs::random::normal::<f32>(shape, None, None, &mlx_rs::random::key(seed).expect("a key")).expect("random numbers")
-    }
-
-    fn quantised(weight: &Array, scheme: QuantizationScheme) -> Matrix {
-        let (weight, scales, biases) = ffi::quantize(weight, scheme).expect("quantises");
-        Matrix::Quantised { weight, scales, biases, scheme }
-    }
-
-    fn dense(matrix: &Matrix) -> Array {
-        let Matrix::Quantised { weight, scales, biases, scheme } = matrix else { panic!("quantised") };
-        let whole = Quantised { weight, scales, biases: biases.as_ref(), scheme: *scheme };
-        ffi::dequantize(&whole).expect("dequantises").as_dtype(Dtype::Float32).expect("casts")
-    }
-
-    fn assert_close(found: &Array, wanted: &Array, what: &str) {
-        assert_eq!(found.shape(), wanted.shape(), "{what}");
-        assert!(found.all_close(wanted, 1e-4, 1e-4, None).expect("compares"), "{what}");
-    }
-
-    fn assert_same(found: &Array, wanted: &Array, what: &str) {
-        assert_eq!(ffi::array_to_bytes(found).expect("bytes"), ffi::array_to_bytes(wanted).expect("bytes"), "{what}");
-    }
-
-    #[test]
-    fn shapes_are_those_of_the_scheme() {
-        for scheme in schemes() {
-            let Matrix::Quantised { weight, scales, biases, .. } = quantised(&numbers(&[8, 256], 1), scheme) else { panic!("quantised") };
-            assert_eq!(weight.dim(1) as u64, scheme.packed_columns(256u32).expect("divides"), "{scheme:?}");
-            assert_eq!(scales.dim(1) as u64, scheme.groups(256u32).expect("divides"), "{scheme:?}");
-            assert_eq!(scales.dtype() == Dtype::Uint8, scheme.scales_are_bytes(), "{scheme:?}");
-            assert_eq!(biases.is_some(), scheme.has_biases(), "{scheme:?}");
-        }
-    }
-
-    #[test]
-    fn products_are_those_of_the_dequantised_matrix() {
-        let (weight, x) = (numbers(&[64, 256], 1), numbers(&[3, 256], 2));
-        for scheme in schemes() {
-            let matrix = quantised(&weight, scheme);
-            let same = ops::matmul(&x, dense(&matrix).t()).expect("multiplies");
-            assert_close(&matrix.apply(&x).expect("multiplies"), &same, &format!("{scheme:?}"));
-        }
-    }
-
-    #[test]
-    fn affine_products_are_bit_for_bit_those_of_mlx_rs() {
-        let (weight, x) = (numbers(&[64, 256], 1), numbers(&[3, 256], 2));
-        for scheme in schemes().into_iter().filter(|scheme| scheme.mode == QuantizationMode::Affine) {
-            let matrix = quantised(&weight, scheme);
-            let Matrix::Quantised { weight, scales, biases: Some(biases), .. } = &matrix else { panic!("affine") };
-            let (group_size, bits) = (scheme.group_size as i32, scheme.bits as i32);
-            let wanted = ops::quantized_matmul(&x, weight, scales, biases, true, group_size, bits).expect("multiplies");
-            assert_same(&matrix.apply(&x).expect("multiplies"), &wanted, &format!("{scheme:?}"));
-        }
-    }
-
-    #[test]
-    fn rows_are_those_of_the_dequantised_matrix() {
-        let (weight, ids) = (numbers(&[64, 256], 1), Array::from_slice(&[5u32, 0, 63], &[1, 3]));
-        for scheme in schemes() {
-            let matrix = quantised(&weight, scheme);
-            let rows = matrix.rows(&ids).expect("rows");
-            assert_eq!(rows.dtype() == Dtype::Bfloat16, scheme.scales_are_bytes(), "{scheme:?}");
-            let wanted = dense(&matrix).take_axis(&ids, 0).expect("rows");
-            assert_same(&rows.as_dtype(Dtype::Float32).expect("casts"), &wanted, &format!("{scheme:?}"));
-        }
-    }
-
-    #[test]
-    fn experts_add_the_bias_of_each() {
-        let (weight, bias) = (numbers(&[4, 64, 256], 1), numbers(&[4, 64], 2));
-        let (x, indices) = (numbers(&[1, 2, 1, 1, 256], 3), Array::from_slice(&[3u32, 1, 0, 3], &[1, 2, 2]));
-        for scheme in schemes() {
-            let experts = Experts { matrix: quantised(&weight, scheme), bias: Some(bias.clone()), low_rank: None };
-            let found = experts.forward(&x, &indices, false).expect("multiplies");
-            let plain = Experts { matrix: Matrix::Dense { weight: dense(&experts.matrix) }, bias: None, low_rank: None };
-            let own = bias.take_axis(&indices, 0).and_then(|own| own.expand_dims(-2)).expect("biases");
-            let wanted = ops::add(plain.forward(&x, &indices, false).expect("multiplies"), own).expect("adds");
-            assert_eq!(found.shape(), [1, 2, 2, 1, 64]);
-            assert_close(&found, &wanted, &format!("{scheme:?}"));
-        }
-    }
-
-    #[test]
-    fn heads_multiply_in_both_directions() {
-        let weight = numbers(&[2, 64, 256], 1);
-        for scheme in schemes() {
-            let heads = HeadLinear { matrix: quantised(&weight, scheme) };
-            let plain = HeadLinear { matrix: Matrix::Dense { weight: dense(&heads.matrix) } };
-            for (transpose, input, output) in [(true, 256, 64), (false, 64, 256)] {
-                let x = numbers(&[1, 2, 3, input], 2);
-                let found = heads.forward(&x, transpose).expect("multiplies");
-                assert_eq!(found.shape(), [1, 2, 3, output]);
-                assert_close(&found, &plain.forward(&x, transpose).expect("multiplies"), &format!("{scheme:?} {transpose}"));
-            }
-        }
-    }
-
-    #[test]
-    fn loading_takes_what_the_scheme_has() {
-        let mxfp4 = QuantizationScheme::new(QuantizationMode::Mxfp4, None, None).expect("allowed");
-        for (scheme, parameters) in [(mxfp4, 3), (schemes()[0], 4)] {
-            let (weight, scales, biases) = ffi::quantize(&numbers(&[64, 256], 1), scheme).expect("quantises");
-            let arrays = [("weight", Some(weight)), ("scales", Some(scales)), ("biases", biases), ("bias", Some(numbers(&[64], 2)))];
-            let arrays = arrays.into_iter().filter_map(|(suffix, array)| Some((format!("a.{suffix}"), array?)));
-            let mut weights = Weights::from_arrays(arrays);
-            let spec = LinearSpec { path: "a".into(), input_dims: 256, output_dims: 64, bias: true };
-            let quantization = Quantization { default: Some(scheme), ..Quantization::default() };
-            let linear = Linear::load(&mut weights, &spec, &quantization).expect("loads");
-            weights.finish().expect("nothing is left");
-            let mut count = 0;
-            linear.each(&mut |_| count += 1);
-            assert_eq!(count, parameters);
-        }
-    }
-
-    #[test]
-    fn a_misshapen_matrix_is_an_error_with_its_shapes() {
-        let matrix = quantised(&numbers(&[64, 256], 1), schemes()[0]);
-        let error = matrix.apply(&numbers(&[3, 128], 2)).expect_err("refused").to_string();
-        assert!(error.contains("[3, 128]") && error.contains("[64, 16]"), "{error}");
-    }
-}
+#[path = "linear_tests.rs"]
+mod tests;

@@ -1,11 +1,14 @@
 //! How anything that holds parameters shows them, one by one.
 
+use crate::served::Adaptable;
 use mlx_rs::Array;
 
 /// Anything that holds parameters. Compiled pieces swap the arrays for traced ones, so the order must be fixed.
 pub trait Parameters {
     fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array));
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array));
+    /// Shows the matrices that adapters can sit on, in the same order.
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>));
 }
 
 impl Parameters for Array {
@@ -16,6 +19,8 @@ impl Parameters for Array {
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         visit(self);
     }
+
+    fn each_matrix(&mut self, _: &mut dyn FnMut(Adaptable<'_>)) {}
 }
 
 impl<T: Parameters> Parameters for Option<T> {
@@ -26,6 +31,24 @@ impl<T: Parameters> Parameters for Option<T> {
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         self.iter_mut().for_each(|inner| inner.each_mut(visit));
     }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        self.iter_mut().for_each(|inner| inner.each_matrix(visit));
+    }
+}
+
+impl<T: Parameters> Parameters for Box<T> {
+    fn each<'a>(&'a self, visit: &mut dyn FnMut(&'a Array)) {
+        (**self).each(visit);
+    }
+
+    fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
+        (**self).each_mut(visit);
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        (**self).each_matrix(visit);
+    }
 }
 
 impl<T: Parameters> Parameters for Vec<T> {
@@ -35,6 +58,10 @@ impl<T: Parameters> Parameters for Vec<T> {
 
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         self.iter_mut().for_each(|inner| inner.each_mut(visit));
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        self.iter_mut().for_each(|inner| inner.each_matrix(visit));
     }
 }
 
@@ -48,6 +75,10 @@ macro_rules! parameters {
 
             fn each_mut(&mut self, visit: &mut dyn FnMut(&mut mlx_rs::Array)) {
                 $($crate::parameters::Parameters::each_mut(&mut self.$field, visit);)+
+            }
+
+            fn each_matrix(&mut self, visit: &mut dyn FnMut($crate::served::Adaptable<'_>)) {
+                $($crate::parameters::Parameters::each_matrix(&mut self.$field, visit);)+
             }
         }
     };

@@ -11,13 +11,17 @@ use crate::{
     packing::{Packing, Span},
     sample::{Draw, PromptProbabilities, Sampled, Sampler},
     sequences::Sequences,
+    served::{
+        Adapters,
+        rows::{self, Rows},
+    },
     stack::{Run, Stack},
     weights::Weights,
 };
 use ends_only::ends_only;
 use mlx_cluster_common::{
     cache::CacheOptions,
-    ids::{Epoch, SequenceId},
+    ids::{AdapterId, Epoch, SequenceId},
     sampling::SamplingParams,
     spec::ModelSpec,
     step::{Admission, Output, Segment, SegmentResult, Step, StepResult, Token},
@@ -25,10 +29,15 @@ use mlx_cluster_common::{
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::{collections::BTreeMap, ops::Range};
 
+pub use crate::served::AdapterWeights;
+
 /// A stage's part of the model.
 pub struct Shard {
     stack: Stack,
     pieces: Option<Pieces>,
+    /// For steps with rows that have adapters; None when none is loaded.
+    adapted_pieces: Option<Pieces>,
+    adapters: Adapters,
     sequences: Sequences,
     sampler: Sampler,
     /// When the stage has several ranks.
@@ -56,15 +65,47 @@ impl Shard {
     /// Builds the blocks for `layers` from weights that hold exactly their parts; `caches` say how keys and values are kept.
     pub fn new(spec: &ModelSpec, layers: Range<u32>, weights: Weights, caches: &CacheOptions) -> Result<Self, LmError> {
         let group = weights.group();
-        let takes_layer_inputs = layers.start > 0 && spec.layer_inputs.is_some();
         let stack = Stack::load(spec, layers, weights, caches)?;
-        let pieces = Pieces::new(&stack.layers, &stack.ends, takes_layer_inputs);
-        Ok(Self { stack, pieces: Some(pieces), sequences: Sequences::default(), sampler: Sampler::of_group(group.clone()), group })
+        let (sequences, sampler) = (Sequences::default(), Sampler::of_group(group.clone()));
+        let mut shard = Self { stack, pieces: None, adapted_pieces: None, adapters: Adapters::default(), sequences, sampler, group };
+        shard.pieces = Some(shard.compile(false));
+        Ok(shard)
+    }
+
+    fn compile(&self, has_adapters: bool) -> Pieces {
+        let Stack { spec, range, layers, ends, .. } = &self.stack;
+        Pieces::new(layers, ends, range.start > 0 && spec.layer_inputs.is_some(), has_adapters)
+    }
+
+    /// Puts an adapter beside the matrices: sequences that are admitted from now on may have it. Gives the bytes that its factors take here.
+    /// Nothing is reckoned together with other ranks, so each rank may do it when it likes.
+    pub fn load_adapter(&mut self, id: AdapterId, weights: AdapterWeights) -> Result<u64, LmError> {
+        let bytes = self.adapters.load(id, weights, &mut self.stack)?;
+        self.adapters_changed();
+        Ok(bytes)
+    }
+
+    pub fn has_adapter(&self, id: AdapterId) -> bool {
+        self.adapters.has(id)
+    }
+
+    /// Takes an adapter away, at once or, when sequences still have it, with the last of them. One that is not there is no error.
+    pub fn drop_adapter(&mut self, id: AdapterId) -> Result<(), LmError> {
+        if self.adapters.drop(id, &mut self.stack)? {
+            self.adapters_changed();
+        }
+        Ok(())
+    }
+
+    /// The pieces hold the factors as they were.
+    fn adapters_changed(&mut self) {
+        let is_wanted = self.pieces.is_some() && !self.adapters.is_empty();
+        self.adapted_pieces = is_wanted.then(|| self.compile(true));
     }
 
     /// Runs decode steps uncompiled from now on: for machines where MLX cannot compile, and for comparing.
     pub fn disable_compilation(&mut self) {
-        self.pieces = None;
+        (self.pieces, self.adapted_pieces) = (None, None);
     }
 
     /// Runs a prefill step and decode steps of one and of two made-up sequences, so that kernels are compiled and weights are touched
@@ -82,7 +123,7 @@ impl Shard {
             vec![segment(sequences[0], 2, 1)],
             vec![segment(sequences[0], 3, 1), segment(sequences[1], 0, 1)],
         ];
-        let admission = |sequence| Admission { sequence, params: SamplingParams::default() };
+        let admission = |sequence| Admission { sequence, params: SamplingParams::default(), adapter: None };
         for (number, segments) in steps.into_iter().enumerate() {
             let admissions = if number == 0 { sequences.map(admission).to_vec() } else { Vec::new() };
             let step = Step { epoch: Epoch(0), number: number as u64, admissions, releases: Vec::new(), segments };
@@ -99,8 +140,12 @@ impl Shard {
         Ok(())
     }
 
-    /// Forgets all sequences.
+    /// Forgets all sequences and adapters.
     pub fn clear(&mut self) {
+        if !self.adapters.is_empty() {
+            self.adapters.clear(&mut self.stack);
+            self.adapted_pieces = None;
+        }
         self.sequences.clear();
         self.sampler.clear();
     }
@@ -124,15 +169,36 @@ impl Shard {
             };
         }
         let packing = Packing::of(step);
+        let slots = self.slots(step, &packing)?;
+        let adapters = slots.as_ref().map(|slots| Rows::new(&Array::from_slice(slots, &[slots.len() as i32]))).transpose()?;
+        rows::with(adapters, || self.run(step, input, &packing))
+    }
+
+    /// By row of the packing, the slot of its adapter; None when no row has one.
+    fn slots(&mut self, step: &Step, packing: &Packing) -> Result<Option<Vec<u32>>, LmError> {
+        let Some(slots) = self.adapters.slots(step) else { return Ok(None) };
+        if self.adapters.settle(&slots, &mut self.stack)? {
+            self.adapters_changed();
+        }
+        if packing.spans.len() == 1 {
+            return Ok(Some(slots));
+        }
+        let of_span = |(span, slot): (&Span, u32)| std::iter::repeat_n(slot, span.length as usize);
+        Ok(Some(packing.spans.iter().zip(slots).flat_map(of_span).collect()))
+    }
+
+    fn run(&mut self, step: &Step, input: Option<Activations>, packing: &Packing) -> Result<StepOutput, LmError> {
+        let is_last = self.stack.is_last();
         let ids = self.stack.ends.entry.as_ref().map(|_| self.token_ids(step)).transpose()?;
-        let (x, layer_inputs) = self.stack.stream(ids.as_ref(), &packing, input.as_ref())?;
-        let rows = output_rows(step, &packing);
+        let (x, layer_inputs) = self.stack.stream(ids.as_ref(), packing, input.as_ref())?;
+        let rows = output_rows(step, packing);
         let all_rows = rows.len() as i32 == packing.tokens();
-        let mut run = Run::new(&packing, self.sequences.check_out(step)?);
+        let mut run = Run::new(packing, self.sequences.check_out(step)?);
         if let Some(input) = &input {
             self.stack.append_copies(input, &mut run)?;
         }
-        let compiled = self.pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
+        let pieces = if rows::current().is_some() { &self.adapted_pieces } else { &self.pieces };
+        let compiled = pieces.as_ref().filter(|_| packing.is_decode() && packing.batch <= ROWS_MAX && (all_rows || !is_last));
         let is_compiled = compiled.is_some();
         let output = match compiled {
             Some(pieces) => Some(
@@ -146,13 +212,17 @@ impl Shard {
         let Run { caches, passed_on, .. } = run;
         let written = self.sequences.check_in(caches, is_last && rows.is_empty());
         if !is_last {
-            return Ok(StepOutput::Activations(self.stack.activations(output, input, passed_on, &packing)?));
+            return Ok(StepOutput::Activations(self.stack.activations(output, input, passed_on, packing)?));
         }
         let flat = output.map(|(x, _)| x.reshape(&[-1, x.dim(-1)])).transpose()?;
         let logits = match flat {
             Some(flat) if is_compiled => Some(flat),
             // The last layer may have been run for the rows that are read alone.
-            Some(flat) if !rows.is_empty() => Some(self.stack.logits(&flat, &rows, flat.dim(0) == rows.len() as i32)?),
+            Some(flat) if !rows.is_empty() => {
+                let picked = Array::from_slice(&rows, &[rows.len() as i32]);
+                let all = flat.dim(0) == rows.len() as i32;
+                Some(rows::with_picked(&picked, || self.stack.logits(&flat, &rows, all))?)
+            }
             _ => None,
         };
         Ok(StepOutput::Result(self.outputs(step, logits, written)?))
@@ -161,10 +231,14 @@ impl Shard {
     fn admit_and_release(&mut self, step: &Step) -> Result<(), LmError> {
         for sequence in &step.releases {
             self.sequences.release(*sequence);
+            if self.adapters.release(*sequence, &mut self.stack)? {
+                self.adapters_changed();
+            }
             self.sampler.release(*sequence);
         }
         for admission in &step.admissions {
             self.sequences.admit(admission.sequence, &self.stack.slots);
+            self.adapters.admit(admission.sequence, admission.adapter)?;
             if self.stack.is_last() {
                 self.sampler.admit(admission.sequence, admission.params.clone(), self.stack.spec.vocab_size)?;
             }

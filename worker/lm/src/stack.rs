@@ -10,6 +10,7 @@ use crate::{
     packing::Packing,
     parameters::Parameters,
     sequences::{CacheSlots, StepCaches},
+    served::Adaptable,
     weights::Weights,
 };
 use mlx_cluster_common::{
@@ -73,6 +74,17 @@ impl Stack {
             layers: blocks,
             ends: Ends { entry, exit },
         })
+    }
+
+    /// Shows every matrix that adapters can sit on; a table that is a head too comes twice.
+    pub(crate) fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        self.ends.entry.each_matrix(visit);
+        for layer in &mut self.layers {
+            layer.before.each_matrix(visit);
+            layer.mix.each_matrix(visit);
+            layer.after.each_matrix(visit);
+        }
+        self.ends.exit.each_matrix(visit);
     }
 
     pub(crate) fn is_last(&self) -> bool {

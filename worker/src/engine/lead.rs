@@ -2,6 +2,7 @@
 
 use super::{
     CHANNEL, Command, Outgoing,
+    adapters::{Change, Order},
     hops::{Hops, Load},
     pace::Pace,
     ranks::Ranks,
@@ -49,6 +50,8 @@ pub(super) struct Lead {
     deliveries: Option<mpsc::Sender<wire::Delivery>>,
     /// With one stage: the step that the device works on.
     running: Option<Running>,
+    /// Adapters that are to go once no sequence has them any more.
+    leaving: Vec<Order>,
     progress: u64,
     hops: Hops,
     pace: Pace,
@@ -79,6 +82,7 @@ impl Lead {
             others: Vec::new(),
             deliveries: None,
             running: None,
+            leaving: Vec::new(),
             progress: 0,
             node_name,
         }
@@ -93,6 +97,7 @@ impl Lead {
             if let Err(message) = self.advance() {
                 self.broken(self.node_name.clone(), message);
             }
+            self.drop_unused();
             self.publish();
         }
     }
@@ -126,6 +131,7 @@ impl Lead {
                 self.epoch = epoch;
                 (self.output, self.others) = (output, ranks);
                 self.deliveries = None;
+                self.leaving.clear();
                 self.hops.forget();
                 self.shard.clear();
                 self.scheduler.reset(epoch);
@@ -138,11 +144,17 @@ impl Lead {
             // The sender is dropped, which ends the session on the other side.
             Command::Open { .. } => {}
             Command::Session(SessionCommand::Submit(submission)) => {
-                if let Some(refusal) = self.scheduler.submit(submission) {
-                    self.deliver(vec![refusal]);
-                }
+                let unknown = submission.adapter.filter(|adapter| !self.shard.has_adapter(*adapter));
+                let sequence = submission.sequence;
+                let refusal = match unknown {
+                    Some(adapter) => Some(Delivery::Refused { sequence, message: format!("adapter {adapter} is not loaded") }),
+                    None => self.scheduler.submit(submission),
+                };
+                refusal.into_iter().for_each(|refusal| self.deliver(vec![refusal]));
             }
             Command::Session(SessionCommand::Cancel(sequence)) => self.scheduler.cancel(sequence),
+            Command::Adapter(order) if matches!(order.change, Change::Drop { .. }) => self.leaving.push(order),
+            Command::Adapter(order) => order.carry_out(&mut self.shard, self.epoch),
             Command::Close => {
                 self.scheduler.cancel_all();
                 self.deliveries = None;
@@ -154,6 +166,14 @@ impl Lead {
             Command::Broken { epoch, node, message } if epoch == self.epoch => self.broken(node, message),
             Command::Broken { .. } | Command::Step(_) => {}
         }
+    }
+
+    /// Adapters go when no step that is under way has a sequence of theirs.
+    fn drop_unused(&mut self) {
+        let (used, unused) = std::mem::take(&mut self.leaving).into_iter().partition(|order| self.scheduler.uses(order.adapter));
+        self.leaving = used;
+        let unused: Vec<Order> = unused;
+        unused.into_iter().for_each(|order| order.carry_out(&mut self.shard, self.epoch));
     }
 
     /// Makes the next step and starts it; with one stage, reads the step before it while the device works on the new one.
@@ -234,6 +254,7 @@ impl Lead {
         self.output = None;
         self.others.clear();
         self.settle();
+        self.leaving.clear();
         self.shard.clear();
         self.scheduler.reset(Epoch(0));
         self.epoch = Epoch(0);

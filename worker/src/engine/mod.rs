@@ -4,6 +4,7 @@
 //! on the others); tasks around it move messages (`service` and `inbound` take them, `downstream` sends them). The process ends when stdin
 //! closes, which is when its worker ends, however that came about.
 
+mod adapters;
 pub mod boot;
 mod downstream;
 mod hops;
@@ -47,6 +48,7 @@ enum Command {
         deliveries: mpsc::Sender<wire::Delivery>,
     },
     Session(mlx_cluster_common::request::SessionCommand),
+    Adapter(adapters::Order),
     Close,
     Result(wire::StepResult),
     /// The epoch cannot go on: the node at fault and what happened.

@@ -69,6 +69,7 @@ impl Relay {
                     let message = format!("{} is in epoch {}, the step in {}", self.node_name, self.epoch, frame.epoch);
                     self.faults.send_replace(Some((Epoch(frame.epoch), message)));
                 }
+                Command::Adapter(order) => order.carry_out(&mut self.shard, self.epoch),
                 Command::Broken { epoch, message, .. } if epoch == self.epoch => self.fail(message),
                 _ => {}
             }

@@ -7,11 +7,11 @@
 
 use mlx_cluster_common::{
     cache::CacheReservation,
-    ids::{Epoch, SequenceId},
+    ids::{AdapterId, Epoch, SequenceId},
     request::{Delivery, EngineLoad, FinishReason, Submission},
     step::{Admission, Output, Segment, Step, StepResult, Token},
 };
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Sequences that work at the same time, at most; more wait.
 pub(super) const SEQUENCES_MAX: usize = 64;
@@ -83,6 +83,7 @@ struct UnderWay {
     group: Option<usize>,
     /// Sequences whose prompt ends with this step and that want no token.
     ends: Vec<SequenceId>,
+    adapters: BTreeSet<AdapterId>,
 }
 
 impl Sequence {
@@ -141,6 +142,13 @@ impl BatchScheduler {
     /// Steps whose results have not come back.
     pub(super) fn under_way(&self) -> usize {
         self.under_way.len()
+    }
+
+    /// Whether a sequence has this adapter, or had it in a step that is under way.
+    pub(super) fn uses(&self, adapter: AdapterId) -> bool {
+        let submissions = self.waiting.iter().chain(self.sequences.values().map(|sequence| &sequence.submission));
+        let mut adapters = submissions.filter_map(|submission| submission.adapter);
+        adapters.any(|other| other == adapter) || self.under_way.values().any(|step| step.adapters.contains(&adapter))
     }
 
     /// Whether nothing is left to do or to release.
@@ -344,13 +352,14 @@ impl BatchScheduler {
 
     fn seal(&mut self, segments: Vec<Segment>, group: Option<usize>) -> Step {
         let mut admissions = Vec::new();
-        let mut ends = Vec::new();
+        let (mut ends, mut adapters) = (Vec::new(), BTreeSet::new());
         for segment in &segments {
             let Some(sequence) = self.sequences.get_mut(&segment.sequence) else { continue };
+            adapters.extend(sequence.submission.adapter);
             if !sequence.admitted {
                 sequence.admitted = true;
                 let params = sequence.submission.params.clone();
-                admissions.push(Admission { sequence: segment.sequence, params });
+                admissions.push(Admission { sequence: segment.sequence, params, adapter: sequence.submission.adapter });
             }
             if sequence.read == sequence.prompt_tokens() && sequence.drawn == 0 {
                 ends.push(segment.sequence);
@@ -358,7 +367,7 @@ impl BatchScheduler {
         }
         let step = Step { epoch: self.epoch, number: self.next_number, admissions, releases: std::mem::take(&mut self.releases), segments };
         self.next_number += 1;
-        self.under_way.insert(step.number, UnderWay { group, ends });
+        self.under_way.insert(step.number, UnderWay { group, ends, adapters });
         step
     }
 

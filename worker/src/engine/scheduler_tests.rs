@@ -19,7 +19,22 @@ fn limits(n_stages: u32) -> Limits {
 
 fn submission(sequence: u64, prompt: u32, max_tokens: u32) -> Submission {
     let params = SamplingParams { max_tokens, stop_tokens: vec![7], ..Default::default() };
-    Submission { sequence: SequenceId(sequence), prompt: (0..prompt).map(|i| 100 + i).collect(), params }
+    Submission { sequence: SequenceId(sequence), prompt: (0..prompt).map(|i| 100 + i).collect(), params, adapter: None }
+}
+
+#[test]
+fn an_adapter_is_in_use_until_the_last_step_with_it_is_back() {
+    let (one, other) = (AdapterId(1), AdapterId(2));
+    let mut scheduler = BatchScheduler::new(limits(1));
+    scheduler.reset(Epoch(1));
+    assert_eq!(scheduler.submit(Submission { adapter: Some(one), ..submission(1, 10, 5) }), None);
+    assert!(scheduler.uses(one) && !scheduler.uses(other), "it waits");
+    let step = scheduler.next_step().expect("a step");
+    assert_eq!(step.admissions.iter().map(|admission| admission.adapter).collect::<Vec<_>>(), [Some(one)]);
+    scheduler.cancel(SequenceId(1));
+    assert!(scheduler.uses(one), "its step is under way");
+    scheduler.on_result(answer(&step, u32::MAX));
+    assert!(!scheduler.uses(one));
 }
 
 /// What the last stage answers: token `1000 + index` for each draw, or the stop token where `stop_at` says so.

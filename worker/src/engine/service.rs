@@ -2,6 +2,7 @@
 
 use super::{
     CHANNEL, Command, Outgoing,
+    adapters::{self, Change, Order},
     downstream::{Call, Downstream, Target},
     inbound::{Frame, HEARTBEAT, Inbound, SILENCE_MAX},
     lead::Pulse,
@@ -11,7 +12,7 @@ use super::{
 };
 use mlx_cluster_common::{
     engine::{EngineSpec, GroupLink, Link},
-    ids::{Epoch, SequenceId},
+    ids::{AdapterId, Epoch, SequenceId},
     request::{Delivery, SessionCommand, Submission},
 };
 use mlx_cluster_proto::wire::{self, engine_server::Engine, session_command::Command as WireCommand};
@@ -171,6 +172,25 @@ impl Engine for Service {
     async fn results(&self, request: Request<Streaming<wire::StepResult>>) -> Result<Response<Self::ResultsStream>, Status> {
         self.check_neighbour(self.spec.is_lead(), "results")?;
         Ok(Response::new(self.take(request.into_inner(), None)))
+    }
+
+    async fn load_adapter(&self, request: Request<Streaming<wire::AdapterPart>>) -> Result<Response<wire::AdapterLoaded>, Status> {
+        let (epoch, adapter, received) = adapters::receive(request.into_inner()).await?;
+        let (done, loaded) = oneshot::channel();
+        self.command(Command::Adapter(Order { epoch, adapter, change: Change::Load { received, done } })).await?;
+        let loaded = loaded.await.map_err(|_| Status::aborted("the epoch is over"))?;
+        // What this engine cannot use, it will never be able to.
+        let bytes = loaded.map_err(Status::invalid_argument)?;
+        Ok(Response::new(wire::AdapterLoaded { bytes }))
+    }
+
+    async fn drop_adapter(&self, request: Request<wire::DropAdapterRequest>) -> Result<Response<wire::AdapterDropped>, Status> {
+        let wire::DropAdapterRequest { epoch, adapter } = request.into_inner();
+        let (done, dropped) = oneshot::channel();
+        let order = Order { epoch: Epoch(epoch), adapter: AdapterId(adapter), change: Change::Drop { done } };
+        self.command(Command::Adapter(order)).await?;
+        dropped.await.map_err(|_| Status::aborted("the epoch is over"))?;
+        Ok(Response::new(wire::AdapterDropped {}))
     }
 
     async fn session(&self, request: Request<Streaming<wire::SessionCommand>>) -> Result<Response<Self::SessionStream>, Status> {

@@ -2,9 +2,14 @@
 
 use super::super::{Api, guard::Guard, router};
 use crate::{
+    adapters::ServeAdapterError,
     chat::{template::ChatTemplate, tokenizer::ChatTokenizer},
+    core::adapters::AdapterFacts,
     loading::{LoadError, LoadRequest},
-    serving::{Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, ServedModel, Serving, ServingCommand},
+    serving::{
+        AdapterState, AdapterStatus, Admitted, ClusterStatus, InstanceState, RequestEvent, RequestFailure, ServedModel, Serving,
+        ServingCommand,
+    },
     training::{
         fixtures::summing,
         jobs::{JobParts, Jobs, JobsTask},
@@ -12,11 +17,16 @@ use crate::{
 };
 use axum::{Router, body::Body, http::Request, response::Response};
 use mlx_cluster_common::{
+    ids::AdapterId,
     request::{EngineLoad, FinishReason, TokenOut},
     sampling::SamplingParams,
+    spec::Part,
 };
 use serde_json::{Value, json};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::{
+    path::PathBuf,
+    sync::{Arc, LazyLock, Mutex},
+};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
@@ -88,6 +98,7 @@ pub(super) enum Seen {
     Request(Admitted),
     Cancelled(usize),
     Load(LoadRequest),
+    Adapter(String, PathBuf),
 }
 
 pub(super) struct Fake {
@@ -121,6 +132,20 @@ impl Fake {
                     }
                     ServingCommand::Unload { answer } => {
                         let _ = answer.send(Err(LoadError::NothingServed));
+                        continue;
+                    }
+                    ServingCommand::LoadAdapter { name, path, answer } => {
+                        let _ = answer.send(match name.as_str() {
+                            "poems" => Ok(poems().facts),
+                            _ => Err(ServeAdapterError::TooMany),
+                        });
+                        let _ = report.send(Seen::Adapter(name, path));
+                        continue;
+                    }
+                    ServingCommand::DropAdapter { name, answer } => {
+                        let there = "there are `poems`".to_owned();
+                        let _ =
+                            answer.send(if name == "poems" { Ok(poems().facts) } else { Err(ServeAdapterError::NotThere { name, there }) });
                         continue;
                     }
                     _ => continue,
@@ -237,6 +262,7 @@ fn token(id: u32, top: Option<u32>) -> TokenOut {
 
 pub(super) fn served(template: Option<&str>) -> ServedModel {
     ServedModel {
+        adapter: None,
         id: "org/tiny".into(),
         vocab_size: VOCAB,
         context_tokens: CONTEXT,
@@ -246,8 +272,22 @@ pub(super) fn served(template: Option<&str>) -> ServedModel {
     }
 }
 
+/// An adapter that is there.
+pub(super) fn poems() -> AdapterStatus {
+    let facts = AdapterFacts {
+        name: "poems".into(),
+        path: "/runs/poems/adapters.safetensors".into(),
+        rank: 8,
+        is_dora: false,
+        modules: 14,
+        bytes: [(Part::Layer(0), 1000), (Part::Layer(1), 24)].into(),
+    };
+    AdapterStatus { id: AdapterId(3), facts: Arc::new(facts), state: AdapterState::Ready }
+}
+
 pub(super) fn ready() -> ClusterStatus {
     ClusterStatus {
+        adapters: Vec::new(),
         links: Vec::new(),
         cluster: "home".into(),
         instance: InstanceState::Ready,

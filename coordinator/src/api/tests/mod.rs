@@ -1,5 +1,6 @@
 //! The API against a scripted cluster: requests as clients send them, answers byte by byte.
 
+mod adapters;
 mod bad_input;
 mod chat;
 mod completions;

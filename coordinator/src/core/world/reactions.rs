@@ -1,7 +1,10 @@
 //! How the pretended cluster reacts to what the core asks for, and what happens in it by and by.
 
 use super::{FakeEngine, FakeNode, Later, World, engine_name, instance_of, ms, way};
-use crate::core::event::{Effect, Event, Snapshot};
+use crate::core::{
+    adapters::AdapterFailure,
+    event::{Effect, EngineAt, Event, Snapshot},
+};
 use mlx_cluster_common::{
     engine::{EngineSpec, EngineState, EngineStatus, Peer},
     ids::{Epoch, InstanceId, NodeId, SequenceId},
@@ -50,10 +53,21 @@ impl World {
                     Some(epoch)
                 );
                 assert!(self.session.is_none(), "one session at a time");
+                let mut there = self.cluster.adapters().into_iter();
+                assert!(there.all(|adapter| self.adapters.get(&(adapter.id, 0)) == Some(&epoch)), "adapters come before requests");
                 self.session = Some(epoch);
                 let lead = self.plans.last().map(|plan| plan.stages[0].ranks[0].node.clone()).expect("a plan");
                 self.after(delay, Later::Open { epoch, lead });
             }
+            Effect::LoadAdapter { epoch, engine, adapter, .. } => self.after(delay, Later::Adapter { epoch, engine, adapter }),
+            Effect::DropAdapter { epoch, engine, adapter } => {
+                let is_lead_done = engine.number == 0 || !self.adapters.contains_key(&(adapter, 0));
+                assert!(is_lead_done, "the lead drops an adapter first");
+                self.adapters.remove(&(adapter, engine.number));
+                let event = Event::AdapterDropped { epoch, engine: engine.number, adapter };
+                self.after(delay, Later::Tell(event));
+            }
+            Effect::AdapterSettled { adapter, outcome } => drop(self.settled.insert(adapter, outcome)),
             Effect::CloseSession => {
                 (self.session, self.opened) = (None, None);
                 self.at_lead.clear();
@@ -130,6 +144,18 @@ impl World {
             Later::Link { instance, epoch, engine: number, node, group } => {
                 let (result, wait) = self.link(instance, epoch, &node, group);
                 self.after(delay + wait, Later::Tell(Event::Linked { instance, epoch, engine: number, result }));
+            }
+            Later::Adapter { epoch, engine: EngineAt { node, number, .. }, adapter } => {
+                let engine = self.engine(&node, InstanceId::SERVED);
+                let is_there = engine.is_some_and(|engine| engine.epoch == epoch && matches!(engine.state, EngineState::Ready { .. }));
+                let result = match is_there {
+                    true => {
+                        self.adapters.insert((adapter, number), epoch);
+                        Ok(())
+                    }
+                    false => Err(AdapterFailure::Unreachable("connection refused".into())),
+                };
+                self.after(delay, Later::Tell(Event::AdapterLoaded { epoch, engine: number, adapter, result }));
             }
             Later::Lose { node, instance, incarnation, lost } => {
                 let engine = self.engine(&node, instance);

@@ -5,6 +5,7 @@ use crate::{
     error::LmError,
     linear::{Embedding, Linear},
     parameters::{Parameters, parameters},
+    served::Adaptable,
     weights::Weights,
 };
 use mlx_cluster_common::spec::{HeadSpec, LayerInputsSpec, LogitsSpec, ModelSpec, Quantization};
@@ -190,6 +191,13 @@ impl Parameters for Head {
         match self {
             Head::Tied(embedding) => embedding.each_mut(visit),
             Head::Linear(linear) => linear.each_mut(visit),
+        }
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        match self {
+            Head::Tied(embedding) => embedding.each_matrix(visit),
+            Head::Linear(linear) => linear.each_matrix(visit),
         }
     }
 }

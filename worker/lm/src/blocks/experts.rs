@@ -6,6 +6,7 @@ use crate::{
     group::Group,
     linear::{Experts, Linear},
     parameters::parameters,
+    served::rows,
     weights::Weights,
 };
 use mlx_cluster_common::spec::{
@@ -251,8 +252,8 @@ impl ExpertMlp {
         let order = ops::argsort_axis(&flat, -1)?;
         let back = ops::argsort_axis(&order, -1)?;
         let row = ops::floor_divide(&order, Array::from_int(top_k).as_dtype(order.dtype())?)?;
-        let sorted = expanded.reshape(&[-1, 1, x.dim(-1)])?.take_axis(row, 0)?;
-        let y = self.apply(&sorted, &flat.take_axis(&order, 0)?, true)?.take_axis(back, 0)?;
+        let sorted = expanded.reshape(&[-1, 1, x.dim(-1)])?.take_axis(&row, 0)?;
+        let y = rows::with_picked(&row, || self.apply(&sorted, &flat.take_axis(&order, 0)?, true))?.take_axis(back, 0)?;
         let shape = [indices.shape(), &[y.dim(-1)]].concat();
         Ok(y.reshape(&shape)?)
     }

@@ -5,6 +5,7 @@ use crate::{
     error::LmError,
     linear::Linear,
     parameters::{Parameters, parameters},
+    served::Adaptable,
     weights::Weights,
 };
 use mlx_cluster_common::spec::{Activation, FeedForward, MlpInputs, MlpSpec, Quantization};
@@ -60,6 +61,14 @@ impl Parameters for FeedForwardBlock {
             Self::Mlp(mlp) => mlp.each_mut(visit),
             Self::Experts(moe) => moe.each_mut(visit),
             Self::MlpAndExperts(both) => both.each_mut(visit),
+        }
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        match self {
+            Self::Mlp(mlp) => mlp.each_matrix(visit),
+            Self::Experts(moe) => moe.each_matrix(visit),
+            Self::MlpAndExperts(both) => both.each_matrix(visit),
         }
     }
 }

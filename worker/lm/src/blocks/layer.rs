@@ -14,6 +14,7 @@ use crate::{
     linear::Linear,
     packing::{Packing, Span},
     parameters::{Parameters, parameters},
+    served::rows,
     weights::Weights,
 };
 use mlx_cluster_common::spec::{LayerInputSpec, LayerSpec, Quantization};
@@ -126,12 +127,13 @@ pub fn over_spans(
     }
     let mut columns: Vec<Vec<Array>> = Vec::new();
     for (span, cache) in packing.spans.iter().zip(caches) {
-        let mut rows = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
+        let mut own = mixed.iter().map(|array| own_rows(array, span)).collect::<Result<Vec<_>, _>>()?;
         // Some mixers have collectives inside.
-        if let Some(first) = rows.first_mut() {
+        if let Some(first) = own.first_mut() {
             *first = after_collectives(first)?;
         }
-        let outcomes = mix(&rows, cache)?;
+        // Some have matrices inside.
+        let outcomes = rows::with_span(span, || mix(&own, cache))?;
         outcomes.first().inspect(|y| collectives_wait_for(y));
         for (column, y) in outcomes.into_iter().enumerate() {
             if columns.len() <= column {

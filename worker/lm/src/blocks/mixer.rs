@@ -15,6 +15,7 @@ use crate::{
     error::LmError,
     linear::Linear,
     parameters::Parameters,
+    served::Adaptable,
     weights::Weights,
 };
 use mlx_cluster_common::{
@@ -246,6 +247,13 @@ macro_rules! parameters_of_variants {
                 match self {
                     $(Self::$variant(inner) => inner.each_mut(visit),)+
                     Self::Parallel(inner) => inner.iter_mut().for_each(|$parallel| $each.each_mut(visit)),
+                }
+            }
+
+            fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+                match self {
+                    $(Self::$variant(inner) => inner.each_matrix(visit),)+
+                    Self::Parallel(inner) => inner.iter_mut().for_each(|$parallel| $each.each_matrix(visit)),
                 }
             }
         }

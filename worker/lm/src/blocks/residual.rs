@@ -1,7 +1,7 @@
 //! How the outputs of a layer's mixer and feed-forward join the residual stream.
 
 use super::alternating_updates::{self, Correct, Predict};
-use crate::{error::LmError, parameters::Parameters, weights::Weights};
+use crate::{error::LmError, parameters::Parameters, served::Adaptable, weights::Weights};
 use mlx_cluster_common::spec::{Quantization, Residual};
 use mlx_rs::{Array, Dtype, ops};
 
@@ -152,6 +152,12 @@ impl Parameters for Split {
             predict.each_mut(visit);
         }
     }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        if let Self::Streams(predict) = self {
+            predict.each_matrix(visit);
+        }
+    }
 }
 
 impl Parameters for Join {
@@ -164,6 +170,12 @@ impl Parameters for Join {
     fn each_mut(&mut self, visit: &mut dyn FnMut(&mut Array)) {
         if let Self::Streams(correct) = self {
             correct.each_mut(visit);
+        }
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        if let Self::Streams(correct) = self {
+            correct.each_matrix(visit);
         }
     }
 }

@@ -5,7 +5,7 @@ mod frequencies;
 #[cfg(test)]
 mod tests;
 
-use crate::{error::LmError, parameters::Parameters};
+use crate::{error::LmError, parameters::Parameters, served::Adaptable};
 use dynamic::DynamicNtk;
 use mlx_cluster_common::spec::{RopeKind, RopeSpec};
 use mlx_rs::{Array, fast, ops};
@@ -87,4 +87,6 @@ impl Parameters for Rope {
             visit(frequencies);
         }
     }
+
+    fn each_matrix(&mut self, _: &mut dyn FnMut(Adaptable<'_>)) {}
 }

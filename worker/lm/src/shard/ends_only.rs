@@ -10,6 +10,7 @@ use crate::{
     cache::Cache,
     error::LmError,
     packing::{Packing, Span},
+    served::rows,
     stack::{Run, Stack},
 };
 use mlx_cluster_common::{
@@ -57,14 +58,20 @@ impl Stack {
             None => read,
         };
         if let (Some(ends), Some(x)) = (&ends, &mut read) {
-            for (i, layer) in self.layers.iter().enumerate().skip(after_caches) {
-                let flow = layer.before.forward(x, &ends.packing.offsets)?;
-                let mut caches = ends.wanted_of(run.caches.of_layer(&self.slots, i));
-                let mixed = layer.mix(&flow, &ends.packing, &mut caches)?;
-                *x = layer.after.forward(&mixed, &flow.beside, x, layer_inputs.as_ref())?;
-            }
+            rows::with_picked(&ends.rows, || self.go_on(after_caches, ends, x, layer_inputs.as_ref(), run))?;
         }
         Ok(read)
+    }
+
+    /// The layers from `first` on, for the tokens that are read.
+    fn go_on(&self, first: usize, ends: &Ends, x: &mut Array, layer_inputs: Option<&Array>, run: &mut Run) -> Result<(), LmError> {
+        for (i, layer) in self.layers.iter().enumerate().skip(first) {
+            let flow = layer.before.forward(x, &ends.packing.offsets)?;
+            let mut caches = ends.wanted_of(run.caches.of_layer(&self.slots, i));
+            let mixed = layer.mix(&flow, &ends.packing, &mut caches)?;
+            *x = layer.after.forward(&mixed, &flow.beside, x, layer_inputs)?;
+        }
+        Ok(())
     }
 
     /// A layer with attention that fills its caches by all tokens `x`, and makes something of those that are read alone. What is not read
@@ -83,9 +90,12 @@ impl Stack {
         let Some((ends, read)) = read else {
             return Ok(None);
         };
-        let flow = layer.before.forward(&read, &ends.packing.offsets)?;
-        let attended = attend(layer, &flow, ends, caches)?;
-        Ok(Some(layer.after.forward(&[attended], &flow.beside, &read, layer_inputs)?))
+        let after = rows::with_picked(&ends.rows, || {
+            let flow = layer.before.forward(&read, &ends.packing.offsets)?;
+            let attended = attend(layer, &flow, ends, caches)?;
+            layer.after.forward(&[attended], &flow.beside, &read, layer_inputs)
+        });
+        Ok(Some(after?))
     }
 }
 

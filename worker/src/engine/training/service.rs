@@ -137,6 +137,14 @@ impl Engine for Service {
     async fn session(&self, _: Request<Streaming<wire::SessionCommand>>) -> Result<Response<Self::SessionStream>, Status> {
         only_trains()
     }
+
+    async fn load_adapter(&self, _: Request<Streaming<wire::AdapterPart>>) -> Result<Response<wire::AdapterLoaded>, Status> {
+        only_trains()
+    }
+
+    async fn drop_adapter(&self, _: Request<wire::DropAdapterRequest>) -> Result<Response<wire::AdapterDropped>, Status> {
+        only_trains()
+    }
 }
 
 #[tonic::async_trait]

@@ -14,7 +14,7 @@ pub(super) use selective_scan::{SelectiveScan, SelectiveScanMerge, SelectiveScan
 pub(super) use short_convolution::{ShortConvolution, ShortConvolutionMerge, ShortConvolutionProject};
 pub(super) use state_space::{StateSpace, StateSpaceMerge, StateSpaceProject};
 
-use crate::{cache::RecurrentState, error::LmError, parameters::Parameters};
+use crate::{cache::RecurrentState, error::LmError, parameters::Parameters, served::Adaptable};
 use mlx_rs::{Array, Dtype};
 
 /// The part of a recurrent mixer that stands at its state.
@@ -75,6 +75,15 @@ impl Parameters for Recurrence {
             Self::SelectiveScan(inner) => inner.each_mut(visit),
             Self::ShortConvolution(inner) => inner.each_mut(visit),
             Self::StateSpace(inner) => inner.each_mut(visit),
+        }
+    }
+
+    fn each_matrix(&mut self, visit: &mut dyn FnMut(Adaptable<'_>)) {
+        match self {
+            Self::GatedDelta(inner) => inner.each_matrix(visit),
+            Self::SelectiveScan(inner) => inner.each_matrix(visit),
+            Self::ShortConvolution(inner) => inner.each_matrix(visit),
+            Self::StateSpace(inner) => inner.each_matrix(visit),
         }
     }
 }
