@@ -180,9 +180,13 @@ def check_optimizer(rust: Rust, name: str, schedule: str, dtype: mx.Dtype, seed:
     answer, ours = rust.ask("optimizer", request)
     # The same rates for both, so that the update is compared by itself: see `check_rates`.
     rates = answer["learning_rates"][1:]
-    optimizer = kind(learning_rate=lambda step: mx.array(rates[min(step.item(), STEPS - 1)]), **options)
-    for gradient in gradients:
-        parameters = optimizer.apply_gradients(gradient, parameters)
+    optimizer = kind(learning_rate=rates[0], **options)
+    optimizer.init(parameters)
+    # As mlx-lm's trainer does: compiled matrices lie otherwise, and that is the order of sums.
+    update = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    for rate, gradient in zip(rates, gradients, strict=True):
+        optimizer.learning_rate = rate
+        parameters = update(gradient, parameters)
         mx.eval(parameters, optimizer.state)
     remembers = kind is not optim.SGD or options["momentum"] > 0
     state = {f"{parameter}.{key}": array for parameter in SHAPES for key, array in optimizer.state[parameter].items() if remembers}

@@ -70,7 +70,7 @@ fn step(shard: &mut Shard, number: u64, start: u32, tokens: Vec<Token>, index: u
     let sequence = SequenceId(1);
     let logprobs = scored.then_some(0);
     let params = SamplingParams { logprobs, prompt_logprobs: logprobs, ..Default::default() };
-    let admissions = if start == 0 { vec![Admission { sequence, params }] } else { Vec::new() };
+    let admissions = if start == 0 { vec![Admission { sequence, params, adapter: None }] } else { Vec::new() };
     let output = Output { sample: Some(index), prompt_logprobs: scored && start == 0 };
     let step =
         Step { epoch: Epoch(0), number, admissions, releases: Vec::new(), segments: vec![Segment { sequence, start, tokens, output }] };
