@@ -147,16 +147,17 @@ def until_ready_again(coordinator: Coordinator) -> None:
     coordinator.wait_until_ready()
 
 
-def check(report: Report, workers: Workers, strategy: str, title: str, served: Served) -> None:
+def check(report: Report, workers: Workers, strategy: str, title: str, served: Served, kills: bool) -> None:
     (first, first_path), (second, second_path) = served.adapters.items()
     with Coordinator(workers, served.base, "--adapter", f"{first}={first_path}", strategy=strategy) as coordinator:
         report.check(f"{title}: base and an adapter from the start", served.wrong, coordinator, [None, first])
         loaded = request("POST", coordinator, "/v1/adapters", {"name": second, "path": str(second_path)})
         report.check(f"{title}: another one is loaded", lambda: None if loaded[0] == 200 else loaded[1])
         report.check(f"{title}: base and both adapters in one batch", served.wrong, coordinator, [None, first, second])
-        kill_an_engine(workers)
-        until_ready_again(coordinator)
-        report.check(f"{title}: they are back after an engine was killed", served.wrong, coordinator, [None, first, second])
+        if kills:
+            kill_an_engine(workers)
+            until_ready_again(coordinator)
+            report.check(f"{title}: they are back after an engine was killed", served.wrong, coordinator, [None, first, second])
         dropped = request("DELETE", coordinator, f"/v1/adapters/{first}")
         report.check(f"{title}: the first one is dropped", lambda: None if dropped[0] == 200 else dropped[1])
         gone = request("POST", coordinator, "/v1/completions", {"model": first, "prompt": [1], "max_tokens": 1})
@@ -242,7 +243,7 @@ def main() -> None:
         for layout, (count, strategy) in LAYOUTS.items():
             for name, own in served.items():
                 if args.only in f"{name}, {layout}":
-                    check(report, clusters[count], strategy, f"{name}, {layout}", own)
+                    check(report, clusters[count], strategy, f"{name}, {layout}", own, kills=name == "llama affine4")
         if args.only in "api, command line":
             tied, foreign = served["llama with biases, tied"], served["qwen3_moe"].adapters["experts"]
             check_api(report, clusters[1], tied, scratch, foreign)
