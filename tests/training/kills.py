@@ -295,11 +295,11 @@ class Kills:
         at, stopped = job.seen[-1][1], time.monotonic()
         engine = self.cluster.engines(worker)[0]
         os.kill(engine, signal.SIGSTOP)
-        if continued_after:
-            self.follow(job, continued_after)
-            os.kill(engine, signal.SIGCONT)
         self.cluster.until(lambda: job.look() and "is lost" in job.logs(), "nobody notices", pause=0.2)
         noticed = time.monotonic() - stopped
+        if continued_after:
+            self.follow(job, stopped + continued_after - time.monotonic())
+            os.kill(engine, signal.SIGCONT)
         why = self.compare(job)
         print(f"  noticed after {noticed:.1f} s", flush=True)
         self.tell(job, at, stopped)
