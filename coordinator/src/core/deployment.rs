@@ -237,6 +237,15 @@ impl Deployment {
         })
     }
 
+    /// Whether some ranks of a group were linked before and others were not: a process can be in one group in its life, so they would wait for
+    /// each other in vain.
+    pub(super) fn has_torn_group(&self, members: &Members) -> bool {
+        let serving = |engine: u32| self.serving(members, engine).map(|serving| serving.incarnation);
+        let was_linked = |engine: u32| self.linked.get(engine as usize).is_some_and(|linked| serving(engine) == Some(*linked));
+        let stages = self.numbers().zip(&self.engines).map(|(engine, spec)| (spec.stage, was_linked(engine))).collect::<Vec<_>>();
+        stages.windows(2).any(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1)
+    }
+
     /// How long engines may take to be linked.
     pub(super) fn link_timeout(&self) -> Duration {
         if self.has_groups() { GROUP_LINK_TIMEOUT } else { LINK_TIMEOUT }

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::serving::{InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
+    engine::EngineState,
     ids::{Epoch, InstanceId},
     plan::Strategy,
     request::FinishReason,
@@ -146,7 +147,7 @@ fn a_lost_worker_re_plans_both() {
     world.worker_up("w2");
     world.run(ms(1000));
     world.worker_down("w0", true);
-    world.run(ms(9000));
+    world.run(ms(15_000));
     assert_eq!((world.state(), job_state(&world, JOB)), (InstanceState::Ready, InstanceState::Ready));
     for plan in [world.plans.last(), world.jobs[&JOB].plans.last()] {
         let names: Vec<_> = plan.into_iter().flat_map(|plan| plan.ranks()).map(|rank| rank.node_name.as_str()).collect();
@@ -160,9 +161,41 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
     world.start_job(1, TrainStrategy::Pipeline);
     world.run(ms(3000));
     world.worker_down("w1", true);
-    world.run(ms(9000));
+    world.run(ms(15_000));
     assert_eq!(job_state(&world, JOB), InstanceState::Ready);
     assert_eq!(world.jobs[&JOB].engines.iter().map(|engine| engine.name.as_str()).collect::<Vec<_>>(), ["w0"]);
+}
+
+#[test]
+fn a_job_waits_a_little_for_a_worker_that_comes_back() {
+    let mut world = idle(2);
+    world.start_job(1, Strategy::Pipeline, training(Parallel::Data));
+    world.run(ms(3000));
+    world.worker_down("w1", true);
+    world.run(ms(7000));
+    world.worker_up("w1");
+    world.run(ms(3000));
+    assert_eq!((job_state(&world, JOB), world.jobs[&JOB].plans.len()), (InstanceState::Ready, 1));
+}
+
+#[test]
+fn the_ranks_of_a_group_start_again_together() {
+    let mut world = idle(2);
+    world.start_job(1, Strategy::Tensor, training(Parallel::Data));
+    world.run(ms(3000));
+    let processes = |world: &World| -> Vec<u64> {
+        let engines = world.cluster.status(&[]).workers.into_iter().flat_map(|worker| worker.engines);
+        engines
+            .filter_map(|engine| if let EngineState::Ready { incarnation, .. } = engine.state { Some(incarnation) } else { None })
+            .collect()
+    };
+    let before = processes(&world);
+    // As when a rank waits for orders, the other one notices nothing.
+    world.engine_of_dies_unnoticed(JOB, "w1", Some(100));
+    world.run(ms(3000));
+    assert_eq!((job_state(&world, JOB), world.jobs[&JOB].epochs.len()), (InstanceState::Ready, 2));
+    let after = processes(&world);
+    assert!(before.len() == 2 && after.len() == 2 && after.iter().all(|process| !before.contains(process)), "{before:?} {after:?}");
 }
 
 #[test]

@@ -113,6 +113,11 @@ impl Instance {
             let worker = deployment.name(engine);
             return now >= stalls_at && self.fail(ClusterFailure::Stalled { worker, waited: LOAD_STALL }, context);
         }
+        // Ranks that train hear of each other in collectives alone, so one that is left does not end by itself.
+        if self.is_training() && deployment.has_torn_group(members) {
+            self.replace_engines(context);
+            return self.load(now);
+        }
         self.link(context)
     }
 
@@ -185,7 +190,9 @@ impl Instance {
         }
         let pause = LINK_PAUSE.saturating_mul(1 << failures.min(6)).min(LINK_PAUSE_MAX);
         self.phase = Phase::Pausing { until: context.now + pause };
-        if failures < LINK_ATTEMPTS {
+        // The engines of a job start from its checkpoint in any case: new ones lose nothing, and one that hangs is replaced soon.
+        let is_job = self.is_training() && !self.is_first_start;
+        if failures < LINK_ATTEMPTS && !is_job {
             return;
         }
         if self.is_first_start {

@@ -58,6 +58,13 @@ impl Member {
         }
     }
 
+    pub(super) fn gone_since(&self) -> Option<Now> {
+        match self.presence {
+            Presence::Connected => None,
+            Presence::Gone { since, .. } => Some(since),
+        }
+    }
+
     /// Whether it said that nothing runs any more, or cannot say anything.
     fn has_stopped(&self) -> bool {
         !self.is_connected() || (self.is_told() && self.engines.is_empty())

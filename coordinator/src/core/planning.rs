@@ -21,6 +21,9 @@ use std::time::Duration;
 const SETTLE: Duration = Duration::from_millis(500);
 /// And workers get this long to measure the ways between them; a plan is made without what is missing then.
 const MEASURED_WITHIN: Duration = Duration::from_secs(2);
+/// A job that lost a worker waits so long for it before it goes on without: one that is started again is soon back, and replicas that are fewer
+/// would add up in another order.
+const REJOIN: Duration = Duration::from_secs(10);
 /// At the first start, a model that does not fit gets this long for one more worker, or for another instance to let go of memory.
 const FIT_GRACE: Duration = Duration::from_secs(5);
 
@@ -31,6 +34,9 @@ impl Instance {
             self.refusal = None;
             return self.load(now);
         }
+        if self.rejoin_until(members).is_some_and(|until| now < until) {
+            return false;
+        }
         let (found, wanted) = (members.connected().count(), self.wanted_workers(context.settings));
         if found < wanted {
             let waited = context.settings.wait.filter(|wait| self.is_first_start && now >= self.started + *wait);
@@ -40,6 +46,13 @@ impl Instance {
         }
         let settled = members.last_up + if members.all_measured() { SETTLE } else { MEASURED_WITHIN };
         now >= settled && self.deploy(context)
+    }
+
+    /// Until when a job waits for workers that it lost.
+    fn rejoin_until(&self, members: &Members) -> Option<Now> {
+        let deployment = self.deployment.as_ref().filter(|_| self.is_training() && !self.is_first_start)?;
+        let gone = deployment.plan.ranks().filter_map(|rank| members.get(&rank.node)?.gone_since());
+        gone.max().map(|since| since + REJOIN)
     }
 
     /// Plans over who is connected, and has the workers carry it out.
@@ -154,6 +167,7 @@ impl Instance {
                 last_up + SETTLE,
                 last_up + MEASURED_WITHIN,
                 self.grace(members),
+                self.rejoin_until(members).unwrap_or(Now::ZERO),
                 settings.wait.map_or(Now::ZERO, |wait| self.started + wait),
             ],
             Phase::Loading { stalls_at } => vec![*stalls_at],

@@ -333,6 +333,11 @@ impl World {
 
     pub(crate) fn engine_of_dies(&mut self, instance: InstanceId, name: &str, retry_in_ms: Option<u64>) {
         self.group_loses(name, instance, ms(1));
+        self.engine_of_dies_unnoticed(instance, name, retry_in_ms);
+    }
+
+    /// As a rank that trains dies while the others of its group wait for batches.
+    pub(crate) fn engine_of_dies_unnoticed(&mut self, instance: InstanceId, name: &str, retry_in_ms: Option<u64>) {
         let cause = "its engine was killed by signal 9".to_owned();
         let failed = EngineState::Failed { cause, output: vec!["last words".into()], retry_in_ms, lost: None };
         self.engine_fails(&Self::id(name), instance, failed);

@@ -26,7 +26,10 @@ use mlx_cluster_common::{
 use mlx_cluster_hub::{HubSettings, ModelRef, Snapshot};
 use start::Start;
 use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::timeout,
+};
 
 /// So many epochs in which nothing is done are enough.
 const FRUITLESS_MAX: u32 = 8;
@@ -61,6 +64,8 @@ struct Job {
     micro_rows: Option<u32>,
     /// Epochs that were lost since an iteration was done in one.
     fruitless: u32,
+    /// Held while a checkpoint is written, which goes on when its epoch is lost.
+    writing: Arc<Mutex<()>>,
 }
 
 /// How an epoch came to its end.
@@ -97,7 +102,7 @@ impl Job {
         };
         let facts = Arc::new(TrainingFacts { model: Arc::new(facts), role: config.role(Parallel::Data), work });
         let micro_rows = context.job.micro_rows;
-        Ok(Self { context, config, facts, examples, fingerprint, start, plan: None, micro_rows, fruitless: 0 })
+        Ok(Self { context, config, facts, examples, fingerprint, start, plan: None, micro_rows, fruitless: 0, writing: Arc::default() })
     }
 
     async fn run(mut self) -> Outcome {
@@ -108,6 +113,8 @@ impl Job {
             return Outcome::Failed("the coordinator is stopping".into());
         }
         let outcome = self.epochs(&mut receiver).await;
+        // Once this has ended, another run of the job may begin.
+        drop(timeout(ENDING, self.writing.lock()).await);
         if !matches!(&outcome, Ended::Already(_)) {
             // Fails only when the coordinator has ended, and the engines with it.
             drop(self.context.commands.send(ServingCommand::StopJob { instance }).await);

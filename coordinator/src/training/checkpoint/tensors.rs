@@ -52,6 +52,19 @@ pub struct SavedTensor {
 }
 
 impl SavedTensor {
+    /// Whether none of its numbers is infinite or none at all.
+    pub fn is_finite(&self) -> bool {
+        // Those have all bits of the exponent set.
+        let of_16 = |exponent: u16| self.data.as_chunks().0.iter().all(|bytes| u16::from_le_bytes(*bytes) & exponent != exponent);
+        match self.dtype {
+            DType::F16 => of_16(0x7c00),
+            DType::BF16 => of_16(0x7f80),
+            DType::F32 => self.data.as_chunks().0.iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
+            DType::F64 => self.data.as_chunks().0.iter().all(|bytes| f64::from_le_bytes(*bytes).is_finite()),
+            _ => true,
+        }
+    }
+
     fn has_right_size(&self) -> bool {
         let elements = self.shape.iter().try_fold(1u64, |product, side| product.checked_mul(*side));
         elements.and_then(|elements| elements.checked_mul(self.dtype.size())) == Some(self.data.len() as u64)

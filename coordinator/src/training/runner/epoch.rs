@@ -14,6 +14,7 @@ use crate::{
 use mlx_cluster_common::{ids::Epoch, plan::Plan, training::Row};
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -112,6 +113,9 @@ impl<'a> EpochRun<'a> {
             // Whoever is lost before the first regular checkpoint leaves the others with weights that have moved on.
             run.save(false).await?;
         }
+        if let Some(checkpoint) = &checkpoint {
+            export(job, checkpoint.clone()).await?;
+        }
         kept(job.context.reporter.start_at(run.progress.iteration))?;
         batches.go_to(run.progress.iteration);
         let end = run.train(&mut batches).await?;
@@ -201,7 +205,9 @@ impl<'a> EpochRun<'a> {
         let config = &self.job.config;
         for (number, counted) in batches {
             let loss = done.losses.get(&number).copied().unwrap_or(f64::NAN);
-            self.check_loss(number, loss)?;
+            if !loss.is_finite() {
+                return Err(self.diverged(format!("the loss of iteration {number} is {loss}")).await);
+            }
             self.progress.add(&done, loss, counted, each);
             self.progress.updates += u64::from(self.is_update(number));
             if number % config.steps_per_report == 0 || number == config.iters {
@@ -216,15 +222,18 @@ impl<'a> EpochRun<'a> {
         Ok(())
     }
 
-    fn check_loss(&self, number: u64, loss: f64) -> Result<(), Stop> {
-        if loss.is_finite() {
-            return Ok(());
+    /// The job would come to the same numbers again, so it ends.
+    async fn diverged(&self, what: String) -> Stop {
+        let advice = "lower the learning rate, or warm up longer";
+        match newest(self.job).await {
+            Ok(Some(kept)) => Stop::Failed(format!(
+                "{what}: {advice}; a new job with `resume_adapter_file: {}` starts from the last good checkpoint, of iteration {}",
+                kept.path(Part::Adapters).display(),
+                kept.state.iteration
+            )),
+            Ok(None) => Stop::Failed(format!("{what}: {advice}; there is no checkpoint yet")),
+            Err(stop) => stop,
         }
-        let kept = self.job.context.reporter.record().iteration.min(number.saturating_sub(1));
-        Err(Stop::Failed(format!(
-            "the loss of iteration {number} is {loss}: lower the learning rate, or warm up longer; the checkpoint of iteration {kept} or before is whole, \
-             and `jobs resume` goes on from it"
-        )))
     }
 
     fn show(&mut self, now: Instant) {
@@ -286,9 +295,22 @@ impl<'a> EpochRun<'a> {
     /// A checkpoint as of the last update, and the adapter where mlx-lm puts it.
     async fn save(&mut self, is_numbered: bool) -> Result<(), Stop> {
         let job = self.job;
+        // One that was being written when its epoch was lost ends first: both would work in the same folder.
+        let turn = Arc::clone(&job.writing).lock_owned().await;
         let mut writer: CheckpointWriter = job.context.checkpoints.begin(true);
-        let number = self.progress.iteration;
-        self.engines.save(number, |tensor: SavedTensor| kept_text(writer.add(tensor))).await?;
+        let (number, mut spoilt) = (self.progress.iteration, None);
+        let take = |tensor: SavedTensor| {
+            if tensor.part == Part::Adapters && !tensor.is_finite() {
+                spoilt.get_or_insert_with(|| tensor.name.clone());
+            }
+            kept_text(writer.add(tensor))
+        };
+        self.engines.save(number, take).await?;
+        if let Some(name) = spoilt {
+            drop(turn);
+            let iteration = self.at_update.iteration;
+            return Err(self.diverged(format!("`{name}` has numbers that are not finite after iteration {iteration}")).await);
+        }
         let Progress { iteration, updates, trained_tokens, since, .. } = self.at_update.clone();
         let state = CheckpointState {
             iteration,
@@ -301,6 +323,7 @@ impl<'a> EpochRun<'a> {
         };
         let adapter_path = job.config.adapter_path.clone();
         let written = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
             let checkpoint = kept_text(writer.finish(state))?;
             kept_text(checkpoint.export(&adapter_path, is_numbered.then_some(number)))
         });
@@ -312,11 +335,24 @@ impl<'a> EpochRun<'a> {
 }
 
 async fn newest(job: &Job) -> Result<Option<Checkpoint>, Stop> {
+    let _turn = job.writing.lock().await;
     let checkpoints = job.context.checkpoints.clone();
     let found = tokio::task::spawn_blocking(move || checkpoints.newest()).await;
     let newest = kept(found.map_err(|error| Stop::Failed(error.to_string()))?)?;
     newest.warnings.into_iter().for_each(|warning| job.context.reporter.note(warning));
     Ok(newest.checkpoint)
+}
+
+/// The adapter of a checkpoint may not have got to where mlx-lm puts it.
+async fn export(job: &Job, checkpoint: Checkpoint) -> Result<(), Stop> {
+    let turn = Arc::clone(&job.writing).lock_owned().await;
+    let (adapter_path, iteration) = (job.config.adapter_path.clone(), checkpoint.state.iteration);
+    let number = (iteration > 0 && iteration.is_multiple_of(job.config.save_every)).then_some(iteration);
+    let exported = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        checkpoint.export(&adapter_path, number)
+    });
+    kept(exported.await.map_err(|error| Stop::Failed(error.to_string()))?)
 }
 
 /// Brings the engines to where the job is.

@@ -45,7 +45,16 @@ impl Start {
             };
             Ok::<_, String>((newest, weights))
         });
-        let (newest, weights) = found.await.map_err(|error| error.to_string())??;
+        let (mut newest, weights) = found.await.map_err(|error| error.to_string())??;
+        if let (false, Some(file)) = (weights.is_empty(), &config.resume_adapter_file)
+            && let Some(base) = base_of(file).filter(|base| *base != config.model)
+        {
+            newest.warnings.push(format!(
+                "{} was made for {base}; its shapes fit {}, which it is trained on now",
+                file.display(),
+                config.model
+            ));
+        }
         let data = newest.checkpoint.as_ref().map(|checkpoint| (checkpoint.state.iteration, checkpoint.state.data_fingerprint.clone()));
         Ok(Self { config, weights, data, notes: newest.warnings })
     }
@@ -70,6 +79,13 @@ fn as_trained(config: &TrainingConfig) -> Result<TrainingConfig, String> {
     config.for_adapter(&keys).map_err(|error| format!("{}: {error}", path.display()))
 }
 
+/// The model that the adapter of this file was made for, as it stands beside it.
+fn base_of(adapter: &Path) -> Option<String> {
+    let config = std::fs::read(adapter.with_file_name("adapter_config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_slice(&config).ok()?;
+    Some(config.get("model")?.as_str()?.to_owned())
+}
+
 /// Weights of exactly the trained parameters, or some of them, in the shapes that the model has.
 fn read(path: &Path, trained: &BTreeMap<String, Vec<u64>>, model: &str) -> Result<Vec<SavedTensor>, String> {
     let file = TensorFile::open(path, Part::Adapters).map_err(|error| error.to_string())?;
@@ -83,9 +99,10 @@ fn read(path: &Path, trained: &BTreeMap<String, Vec<u64>>, model: &str) -> Resul
         }
     }
     if let Some(first) = wrong.first() {
+        let made_for = base_of(path).map(|base| format!(", which was made for {base},")).unwrap_or_default();
         return Err(format!(
-            "{} does not fit {model} with these settings: {first} ({} of its {all} tensors do not fit); is it of another model, or of another \
-             rank, keys or fine_tune_type?",
+            "{}{made_for} does not fit {model} with these settings: {first} ({} of its {all} tensors do not fit); is it of another model, or of \
+             another rank, keys or fine_tune_type?",
             path.display(),
             wrong.len(),
         ));
