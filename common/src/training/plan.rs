@@ -5,6 +5,10 @@ use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// Work is not cut into pieces of fewer tokens than this, be it micro-batches of a pipeline or the parts of replicas: smaller products do not keep a
+/// matrix unit busy, and take about as long.
+pub const PIECE_TOKENS_MIN: u32 = 512;
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingPlan {
     /// As asked for.

@@ -169,7 +169,7 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
 #[test]
 fn a_job_waits_a_little_for_a_worker_that_comes_back() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Pipeline, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Pipeline);
     world.run(ms(3000));
     world.worker_down("w1", true);
     world.run(ms(7000));
@@ -181,7 +181,7 @@ fn a_job_waits_a_little_for_a_worker_that_comes_back() {
 #[test]
 fn the_ranks_of_a_group_start_again_together() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Tensor, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Tensor);
     world.run(ms(3000));
     let processes = |world: &World| -> Vec<u64> {
         let engines = world.cluster.status(&[]).workers.into_iter().flat_map(|worker| worker.engines);

@@ -7,7 +7,7 @@ use super::{
 use crate::core::event::EngineAt;
 use mlx_cluster_common::{
     ids::Epoch,
-    training::{MicroBatch, Parallel, Row, TrainingPlan},
+    training::{MicroBatch, PIECE_TOKENS_MIN, Parallel, Row, TrainingPlan},
 };
 use mlx_cluster_proto::{
     net,
@@ -62,6 +62,16 @@ pub(super) struct Spread {
 }
 
 impl Spread {
+    /// Shares of a batch of so many tokens: of a small one only the largest shares take part.
+    fn busy(&self, tokens: u64) -> Vec<u32> {
+        let n = (tokens / u64::from(PIECE_TOKENS_MIN)).max(1) as usize;
+        let mut largest: Vec<usize> = (0..self.shares.len()).collect();
+        largest.sort_by_key(|rank| (std::cmp::Reverse(self.shares[*rank]), *rank));
+        let mut shares = self.shares.clone();
+        largest.into_iter().skip(n).for_each(|rank| shares[rank] = 0);
+        shares
+    }
+
     pub(super) fn new(plan: &TrainingPlan, shares: Vec<u32>) -> Self {
         let rows = plan.micro_batch_rows.max(1);
         let tokens = u64::from(rows) * u64::from(plan.tokens_per_row.max(1));
@@ -70,8 +80,9 @@ impl Spread {
 
     /// The micro-batches of each rank.
     fn divided(&self, rows: Vec<Row>, batch: u64) -> Vec<Vec<MicroBatch>> {
+        let tokens = rows.iter().map(|row| row.tokens.len() as u64).sum();
         match self.parallel {
-            Parallel::Data => divide(rows, batch, &self.shares, self.limits),
+            Parallel::Data => divide(rows, batch, &self.busy(tokens), self.limits),
             Parallel::Tensor => {
                 let all = divide(rows, batch, &[1], self.limits).into_iter().next().unwrap_or_default();
                 vec![all; self.shares.len()]
@@ -262,5 +273,35 @@ impl EngineStream {
             true => Err(fault(&self.at, format!("its engine got nothing done for {} s", STANDSTILL_MAX.as_secs()))),
             false => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(n: usize, tokens: u32) -> Vec<Row> {
+        (0..n).map(|_| Row { tokens: vec![1; tokens as usize], targets: vec![1; tokens as usize], counted: 0..tokens }).collect()
+    }
+
+    fn spread(parallel: Parallel) -> Spread {
+        Spread { parallel, shares: vec![2, 3, 1], limits: MicroLimits { rows: 4, tokens: 4096 } }
+    }
+
+    fn dealt(spread: &Spread, rows: Vec<Row>) -> Vec<usize> {
+        spread.divided(rows, 1).iter().map(|micro_batches| micro_batches.iter().map(|micro| micro.rows.len()).sum()).collect()
+    }
+
+    #[test]
+    fn small_batches_are_not_cut_into_pieces() {
+        let spread = spread(Parallel::Data);
+        assert_eq!(dealt(&spread, rows(6, 10)), [0, 6, 0], "60 tokens are for one");
+        assert_eq!(dealt(&spread, rows(10, 110)), [4, 6, 0], "1100 are for two");
+        assert_eq!(dealt(&spread, rows(12, 200)), [4, 6, 2], "2400 are for all, by their shares");
+    }
+
+    #[test]
+    fn ranks_of_split_matrices_see_all_rows() {
+        assert_eq!(dealt(&spread(Parallel::Tensor), rows(6, 10)), [6, 6, 6]);
     }
 }

@@ -226,7 +226,8 @@ impl Pipeline {
     fn step(&mut self, segments: Vec<Segment>, admitted: usize, answers: &mut [Answer]) -> Result<(), Box<dyn Error>> {
         self.number += 1;
         let params = SamplingParams { temperature: 0.0, logprobs: Some(0), prompt_logprobs: Some(0), ..Default::default() };
-        let admissions = (0..admitted).map(|i| Admission { sequence: SequenceId(i as u64), params: params.clone(), adapter: None }).collect();
+        let admissions =
+            (0..admitted).map(|i| Admission { sequence: SequenceId(i as u64), params: params.clone(), adapter: None }).collect();
         let step = Step { epoch: Epoch(0), number: self.number, admissions, releases: Vec::new(), segments };
         let mut activations = None;
         for stage in &mut self.stages {

@@ -15,7 +15,7 @@ use mlx_cluster_common::{
     plan::{Rank, Stage},
     spec::{ModelSpec, Part},
     tensor::{TensorPlace, rank_model},
-    training::Parallel,
+    training::{PIECE_TOKENS_MIN, Parallel},
     units::Bytes,
     weights::WeightMap,
 };
@@ -58,9 +58,6 @@ pub(super) struct Layouts<'a> {
     groups: BTreeMap<Vec<u32>, TensorGroup>,
 }
 
-/// Tokens of a micro-batch, where there are so many.
-const MICRO_TOKENS_MIN: u32 = 512;
-
 impl<'a> Layouts<'a> {
     pub(super) fn new(
         spec: &'a ModelSpec,
@@ -83,8 +80,7 @@ impl<'a> Layouts<'a> {
         let rows = deal(self.options.batch_size, &self.speeds(&stages));
         let most = rows.iter().copied().max()?;
         // So that each stage has something to do: half of a pipeline's micro-batches are on the way forward.
-        // Fewer tokens than that would not keep a matrix unit busy.
-        let least = MICRO_TOKENS_MIN.div_ceil(self.options.tokens_per_row().max(1));
+        let least = PIECE_TOKENS_MIN.div_ceil(self.options.tokens_per_row().max(1));
         let wished = if n_stages > 1 { most.div_ceil(2 * n_stages as u32).max(least).min(most) } else { most };
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
     }
