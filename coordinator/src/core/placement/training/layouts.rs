@@ -80,9 +80,14 @@ impl<'a> Layouts<'a> {
         let rows = deal(self.options.batch_size, &self.speeds(&stages));
         let most = rows.iter().copied().max()?;
         // So that each stage has something to do: half of a pipeline's micro-batches are on the way forward.
-        let least = PIECE_TOKENS_MIN.div_ceil(self.options.tokens_per_row().max(1));
-        let wished = if n_stages > 1 { most.div_ceil(2 * n_stages as u32).max(least).min(most) } else { most };
+        let wished = if n_stages > 1 { most.div_ceil(2 * n_stages as u32) } else { most };
+        let wished = wished.max(self.piece_rows());
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
+    }
+
+    /// Rows that are not cut into smaller pieces, as far as a batch has them: a replica may get all of a small batch.
+    fn piece_rows(&self) -> u32 {
+        PIECE_TOKENS_MIN.div_ceil(self.options.tokens_per_row().max(1)).min(self.options.batch_size)
     }
 
     fn rate(&self, place: usize) -> Option<f64> {
@@ -110,6 +115,7 @@ impl<'a> Layouts<'a> {
         let busy: Vec<usize> = stages.iter().flatten().copied().collect();
         let tokens = self.options.tokens_per_row();
         let seat = |place: usize, rows: u32| {
+            let rows = rows.max(self.piece_rows());
             let own = micro_rows.min(rows).max(1);
             Some(Seat {
                 place,
@@ -147,7 +153,7 @@ impl<'a> Layouts<'a> {
             seconds: self.seconds(&seats, &layout),
             layout,
             parallel: Parallel::Data,
-            micro_batch_rows: micro_rows.min(rows.iter().copied().max()?),
+            micro_batch_rows: micro_rows.min(rows.iter().copied().max()?.max(self.piece_rows())),
             stages: planned,
             gradients: cuts.iter().map(|layers| self.whole.gradients(layers)).max().unwrap_or(0),
         })
