@@ -36,9 +36,9 @@ impl TrainingRole {
         trained_of(spec, map, part, &self.fine_tune, self.num_layers)
     }
 
-    /// Whether the update of one number depends on numbers that other ranks of a tensor-parallel group have. Factors are whole on every rank.
+    /// Whether matrices have to be whole on every rank: factors are, whatever the matrix beside them is; whole parameters are not trained in parts.
     pub fn needs_whole_matrices(&self) -> bool {
-        self.fine_tune == FineTune::Full && matches!(self.optimizer, Optimizer::Adafactor(_) | Optimizer::Muon { .. })
+        self.fine_tune == FineTune::Full
     }
 
     /// The first layer that has to be gone through on the way back; the number of layers where none has.

@@ -63,8 +63,8 @@ pub enum WhyNot {
     NothingTrained,
     #[error("--split is for pipelines, --strategy {strategy} has none: leave one of them out")]
     SplitIsForPipelines { strategy: TrainStrategy },
-    #[error("{optimizer} needs whole matrices, and --strategy tensor splits them: take another optimizer or another strategy")]
-    WholeMatrices { optimizer: &'static str },
+    #[error("full fine-tuning needs whole matrices, and --strategy tensor splits them: take --strategy pipeline or data, or fine-tune with lora")]
+    WholeMatrices,
     #[error(
         "a batch of {batch_size} rows is too small for {replicas} replicas: give each a row with a larger --batch-size, or take --strategy pipeline"
     )]
@@ -112,7 +112,7 @@ impl WhyNot {
                 | WhyNot::EmptyBatch { .. }
                 | WhyNot::NothingTrained
                 | WhyNot::SplitIsForPipelines { .. }
-                | WhyNot::WholeMatrices { .. }
+                | WhyNot::WholeMatrices
                 | WhyNot::TooFewRows { .. }
         )
     }

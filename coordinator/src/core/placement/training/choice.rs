@@ -160,7 +160,7 @@ impl Planner<'_> {
             Kind::Replicas => Some(alone()),
             Kind::Pipelines => None,
             Kind::Tensor if self.options().role.needs_whole_matrices() => {
-                Some(format!("{} needs whole matrices", self.options().role.optimizer.name()))
+                Some("full fine-tuning needs whole matrices".to_owned())
             }
             Kind::Tensor => Some("does not fit".to_owned()),
         }

@@ -67,7 +67,7 @@ impl TrainingOptions {
             return Err(WhyNot::TooFewLayers { layers: spec.n_layers(), stages });
         }
         if *strategy == TrainStrategy::Tensor && least > 1 && self.role.needs_whole_matrices() {
-            return Err(WhyNot::WholeMatrices { optimizer: self.role.optimizer.name() });
+            return Err(WhyNot::WholeMatrices);
         }
         if trainable(spec, map, &self.role, 0..spec.n_layers()) == 0 {
             return Err(WhyNot::NothingTrained);

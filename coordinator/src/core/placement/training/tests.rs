@@ -226,7 +226,7 @@ fn what_cannot_be_is_said_with_numbers() {
 }
 
 #[test]
-fn optimizers_of_whole_matrices_keep_matrices_whole() {
+fn whole_parameters_are_trained_whole() {
     let (spec, map) = model(8, 512, false);
     let nodes = [mac("a", 8, 100.0, 4.0), mac("b", 8, 100.0, 4.0)];
     let with = |strategy, min_workers| {
@@ -235,9 +235,9 @@ fn optimizers_of_whole_matrices_keep_matrices_whole() {
         options.role.optimizer = Optimizer::Muon { momentum: 0.95, weight_decay: 0.0, nesterov: true, ns_steps: 5 };
         plan_training(&spec, &map, &nodes, &[], &options)
     };
-    assert_eq!(with(TrainStrategy::Tensor, 2), Err(WhyNot::WholeMatrices { optimizer: "muon" }));
+    assert_eq!(with(TrainStrategy::Tensor, 2), Err(WhyNot::WholeMatrices));
     let auto = with(TrainStrategy::Auto, 2).expect("fits otherwise");
-    assert!(training(&auto).parallel == Parallel::Data && auto.to_string().contains("muon needs whole matrices"), "{auto}");
+    assert!(training(&auto).parallel == Parallel::Data && auto.to_string().contains("full fine-tuning needs whole matrices"), "{auto}");
 }
 
 #[test]
