@@ -29,10 +29,11 @@ VALID_PAIRS = 100
 
 
 def answer(a: int, b: int) -> str:
-    """Ones, then tens, each with what was borrowed, then the result in the words that the model adds in."""
+    """The ones modulo ten, the tens, and the result, in words like those that the model adds by columns with."""
     borrowed = int(a % 10 < b % 10)
-    ones, tens = a % 10 + 10 * borrowed, a // 10 - borrowed
-    return f"{ones} - {b % 10} = {ones - b % 10}, {tens} - {b // 10} = {tens - b // 10}. {a} - {b} = {a - b}."
+    ones = f"{a % 10} - {b % 10} = {(a - b) % 10}, borrow {borrowed}."
+    tens = f"{a // 10} - {b // 10} - {borrowed} = {(a - b) // 10}."
+    return f"{ones}\n{tens}\n{a} - {b} = {a - b}."
 
 
 def row(rng: random.Random, a: int, b: int) -> dict[str, str]:
