@@ -1,5 +1,5 @@
 # The commands of this project. Each one installs what it needs into this folder.
-.PHONY: build demo test test-net bench
+.PHONY: build demo demo-train test test-net bench
 
 build: ## the binary for daily use: target/release/mlx-cluster
 	scripts/setup-mlx.sh
@@ -7,6 +7,9 @@ build: ## the binary for daily use: target/release/mlx-cluster
 
 demo: ## one coordinator and two workers on this machine, three questions
 	scripts/demo.sh
+
+demo-train: ## two workers on this machine teach the bundled model to subtract and serve it with the adapter
+	scripts/demo-train.sh
 
 test: ## formatting, lints, all tests, parity with mlx-lm
 	scripts/test.sh
