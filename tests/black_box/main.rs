@@ -13,3 +13,4 @@ mod serving;
 mod shutdown;
 mod support;
 mod tensor_groups;
+mod training;

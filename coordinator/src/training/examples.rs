@@ -59,7 +59,7 @@ impl Examples {
         if let Some(train) = train.as_ref().filter(|train| train.examples.is_empty()) {
             return Err(ExamplesError::Empty { name: train.name.clone() });
         }
-        Ok(Self {
+        let examples = Self {
             train: train.map(Arc::new),
             valid: valid.filter(|valid| !valid.examples.is_empty()).map(Arc::new),
             test: test.map(Arc::new),
@@ -73,7 +73,13 @@ impl Examples {
                 seed: config.seed,
             },
             test_batches: config.test_batches,
-        })
+        };
+        // Too few of them are refused before anything is loaded, also those that are needed at the very end.
+        examples.batches()?;
+        if let Some(test) = &examples.test {
+            Grouped::new(test, examples.batch_size)?;
+        }
+        Ok(examples)
     }
 
     /// The longest row, in tokens.

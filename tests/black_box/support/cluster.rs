@@ -140,6 +140,11 @@ impl Cluster {
         command
     }
 
+    /// The data folder of the coordinator.
+    pub(crate) fn coordinator_home(&self) -> PathBuf {
+        self.home.path().join("coordinator")
+    }
+
     /// Runs the binary to its end beside the cluster.
     pub(crate) fn run(&self, args: &[&str]) -> Finished {
         finish(&mut self.command("tool", args))

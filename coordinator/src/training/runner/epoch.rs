@@ -361,7 +361,8 @@ async fn begin(job: &Job, engines: &mut Engines, checkpoint: Option<&Checkpoint>
         engines.begin(&job.start.weights, 0, false).await?;
         return Ok(Progress::default());
     };
-    let is_warm = job.context.job.warm_start;
+    // Later checkpoints of this run have what the new optimizer remembers.
+    let is_warm = job.context.job.warm_start && job.start.began_at(checkpoint.state.iteration);
     if !is_warm && checkpoint.state.updates > 0 {
         kept(checkpoint.check_optimizer())?;
     }

@@ -59,6 +59,11 @@ impl Start {
         Ok(Self { config, weights, data, notes: newest.warnings })
     }
 
+    /// Whether the run began with the checkpoint of this iteration.
+    pub(super) fn began_at(&self, iteration: u64) -> bool {
+        self.data.as_ref().is_some_and(|(began, _)| *began == iteration)
+    }
+
     pub(super) fn check_data(&self, fingerprint: &str) -> Result<(), String> {
         match &self.data {
             Some((iteration, wanted)) if wanted != fingerprint => Err(format!(
