@@ -40,8 +40,11 @@ step 'every architecture' "$python" tests/parity/architectures/run.py
 step 'every cache' "$python" tests/parity/architectures/caches.py
 step 'every quantisation' "$python" tests/parity/architectures/run.py --only =qwen3_moe --schemes affine2,affine3,affine5,affine6,affine8,mxfp4,nvfp4,mxfp8
 step 'optimizers and losses' "$python" tests/parity/training/optimizers.py
+step 'training' "$python" tests/parity/training/losses.py
+step 'training of every architecture' "$python" tests/parity/training/losses.py --architectures --first
 step 'adapters of requests' "$python" tests/parity/training/serving.py
 step 'parity with mlx-lm' "$python" tests/parity/parity.py
+step 'training kills' "$python" tests/training/kills.py --kills 4
 step 'fused models' "$python" tests/parity/training/fuse.py
 step 'evaluation' "$python" tests/parity/training/evaluate.py
 step 'sameness' "$python" tests/parity/sameness.py

@@ -1,6 +1,6 @@
 //! Which parameters are trained, and how many numbers an optimizer keeps beside them.
 
-use super::{FineTune, Module, Optimizer, TrainedError, TrainingRole};
+use super::{FineTune, Module, TrainedError, TrainingRole};
 use crate::{
     dtype::DType,
     spec::{ModelSpec, Part},
@@ -112,7 +112,7 @@ mod tests {
     use crate::{
         architectures::read_spec,
         spec::Weight,
-        training::{LoraParameters, Parallel, Schedule, optimizer::Adafactor},
+        training::{LoraParameters, Optimizer, Parallel, Schedule, optimizer::Adafactor},
         units::Bytes,
         weights::{TensorEntry, WeightIndex},
     };

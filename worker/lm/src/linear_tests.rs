@@ -1,3 +1,5 @@
+//! Matrices of every scheme beside their dense twins.
+
 use super::*;
 use mlx_cluster_common::spec::QuantizationMode;
 use mlx_rs::Dtype;

@@ -63,7 +63,9 @@ pub enum WhyNot {
     NothingTrained,
     #[error("--split is for pipelines, --strategy {strategy} has none: leave one of them out")]
     SplitIsForPipelines { strategy: TrainStrategy },
-    #[error("full fine-tuning needs whole matrices, and --strategy tensor splits them: take --strategy pipeline or data, or fine-tune with lora")]
+    #[error(
+        "full fine-tuning needs whole matrices, and --strategy tensor splits them: take --strategy pipeline or data, or fine-tune with lora"
+    )]
     WholeMatrices,
     #[error(
         "a batch of {batch_size} rows is too small for {replicas} replicas: give each a row with a larger --batch-size, or take --strategy pipeline"

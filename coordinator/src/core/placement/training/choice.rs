@@ -159,9 +159,7 @@ impl Planner<'_> {
             Kind::Replicas if rows < 2 => Some("a batch of one row is for one replica".to_owned()),
             Kind::Replicas => Some(alone()),
             Kind::Pipelines => None,
-            Kind::Tensor if self.options().role.needs_whole_matrices() => {
-                Some("full fine-tuning needs whole matrices".to_owned())
-            }
+            Kind::Tensor if self.options().role.needs_whole_matrices() => Some("full fine-tuning needs whole matrices".to_owned()),
             Kind::Tensor => Some("does not fit".to_owned()),
         }
     }
