@@ -115,6 +115,7 @@ impl<'a> EpochRun<'a> {
         }
         if let Some(checkpoint) = &checkpoint {
             export(job, checkpoint.clone()).await?;
+            job.context.reporter.note(format!("goes on from the checkpoint at iteration {}", checkpoint.state.iteration));
         }
         kept(job.context.reporter.start_at(run.progress.iteration))?;
         batches.go_to(run.progress.iteration);
