@@ -2,8 +2,8 @@
 
 use crate::{
     core::{
-        settings::{InstanceSettings, Kind, TrainingFacts},
-        world::{Start, start, training},
+        settings::InstanceSettings,
+        world::{Start, start, training, work},
     },
     discovery::{
         mdns::Found,
@@ -22,7 +22,7 @@ use mlx_cluster_common::{
     plan::Strategy,
     request::{EngineLoad, FinishReason},
     sampling::SamplingParams,
-    training::Parallel,
+    training::TrainStrategy,
 };
 use mlx_cluster_proto::{net, wire::Hello};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -120,9 +120,8 @@ impl Coordinator {
 
     async fn start_job(&self, number: u64) -> mpsc::Receiver<RunnerNote> {
         let (notes, receiver) = mpsc::channel(16);
-        let settings = InstanceSettings { strategy: Strategy::Pipeline, ..InstanceSettings::default() };
-        let instance = InstanceId(number);
-        self.tell(ServingCommand::StartJob { instance, facts: job_facts(), settings, notes }).await;
+        let (instance, facts) = (InstanceId(number), training(work(TrainStrategy::Pipeline)));
+        self.tell(ServingCommand::StartJob { instance, facts, settings: InstanceSettings::default(), notes }).await;
         receiver
     }
 
@@ -153,13 +152,6 @@ impl Coordinator {
 
     async fn end(self) -> Result<(), CoordinatorError> {
         timeout(PATIENCE, self.driver).await.expect("in time").expect("no panic")
-    }
-}
-
-fn job_facts() -> Arc<TrainingFacts> {
-    match training(Parallel::Data) {
-        Kind::Training(facts) => facts,
-        Kind::Serving(_) => unreachable!("it trains"),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{
     event::{ClusterFailure, Event},
     settings::{InstanceSettings, Kind},
-    world::{Start, World, facts, ms, needed, start, training},
+    world::{Start, World, facts, ms, needed_to_train, start},
 };
 use crate::serving::{InstanceState, RequestEvent, RequestFailure};
 use mlx_cluster_common::{
@@ -11,7 +11,7 @@ use mlx_cluster_common::{
     ids::{Epoch, InstanceId},
     plan::Strategy,
     request::FinishReason,
-    training::Parallel,
+    training::TrainStrategy,
 };
 
 const JOB: InstanceId = InstanceId(1);
@@ -33,7 +33,7 @@ fn idle_with(workers: usize, usable: u64) -> World {
 /// A served model and a job over the same workers.
 fn both(workers: usize, seed: u64) -> World {
     let mut world = World::ready(workers, Strategy::Pipeline, seed);
-    world.start_job(JOB.0, Strategy::Pipeline, training(Parallel::Data));
+    world.start_job(JOB.0, TrainStrategy::Pipeline);
     world.run(ms(5000));
     assert!(world.jobs[&JOB].ready.is_some());
     world
@@ -47,7 +47,7 @@ fn job_state(world: &World, job: InstanceId) -> InstanceState {
 #[test]
 fn a_job_gets_all_its_engines_and_no_session() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Pipeline, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Pipeline);
     world.run(ms(3000));
     let runner = &world.jobs[&JOB];
     let engines: Vec<_> = runner.engines.iter().map(|engine| (engine.number, engine.stage, engine.rank, engine.name.as_str())).collect();
@@ -62,7 +62,7 @@ fn a_job_gets_all_its_engines_and_no_session() {
 #[test]
 fn ranks_that_train_get_their_batches_from_outside() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Tensor, training(Parallel::Tensor));
+    world.start_job(1, TrainStrategy::Tensor);
     world.run(ms(3000));
     assert_eq!(world.jobs[&JOB].engines.iter().map(|engine| (engine.stage, engine.rank)).collect::<Vec<_>>(), [(0, 0), (0, 1)]);
     for number in 0..2 {
@@ -73,10 +73,12 @@ fn ranks_that_train_get_their_batches_from_outside() {
 
 #[test]
 fn replicas_of_a_pipeline_are_linked_rank_by_rank() {
-    let mut world = idle(4);
-    let stages = Some(["w0+w1:0-2", "w2+w3:3-5"].map(|stage| stage.parse().expect("a stage")).to_vec());
-    world.start_job_with(1, InstanceSettings { stages, ..InstanceSettings::default() }, training(Parallel::Data));
+    // Not even one row fits on one worker.
+    let mut world = idle_with(4, needed_to_train(1) - 1);
+    world.start_job(1, TrainStrategy::Data);
     world.run(ms(3000));
+    let places: Vec<_> = world.jobs[&JOB].engines.iter().map(|engine| (engine.stage, engine.rank, engine.name.as_str())).collect();
+    assert_eq!(places, [(0, 0, "w0"), (0, 1, "w1"), (1, 0, "w2"), (1, 1, "w3")]);
     let next = |number: u32| world.links[&(JOB, number)].next.as_ref().map(|peer| peer.name.clone());
     assert_eq!([next(0), next(1), next(2), next(3)], [Some("w2".into()), Some("w3".into()), None, None]);
     let names = |number: u32| world.links[&(JOB, number)].group.as_ref().map(|group| group.names.clone());
@@ -156,7 +158,7 @@ fn a_lost_worker_re_plans_both() {
 #[test]
 fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Pipeline, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Pipeline);
     world.run(ms(3000));
     world.worker_down("w1", true);
     world.run(ms(15_000));
@@ -167,7 +169,7 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
 #[test]
 fn a_job_waits_a_little_for_a_worker_that_comes_back() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Pipeline, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Pipeline);
     world.run(ms(3000));
     world.worker_down("w1", true);
     world.run(ms(7000));
@@ -179,7 +181,7 @@ fn a_job_waits_a_little_for_a_worker_that_comes_back() {
 #[test]
 fn the_ranks_of_a_group_start_again_together() {
     let mut world = idle(2);
-    world.start_job(1, Strategy::Tensor, training(Parallel::Data));
+    world.start_job(1, TrainStrategy::Data);
     world.run(ms(3000));
     let processes = |world: &World| -> Vec<u64> {
         let engines = world.cluster.status(&[]).workers.into_iter().flat_map(|worker| worker.engines);
@@ -198,30 +200,33 @@ fn the_ranks_of_a_group_start_again_together() {
 
 #[test]
 fn memory_is_promised_once() {
-    let mut world = idle_with(1, needed() * 3 / 2);
-    world.start_job(1, Strategy::Auto, training(Parallel::Data));
+    // Two jobs with all of their rows at once would take one byte more.
+    let mut world = idle_with(1, 2 * needed_to_train(4) - 1);
+    let rows_at_once = |world: &World, job| world.jobs[&job].plans[0].training.as_ref().expect("it trains").micro_batch_rows;
+    world.start_job(1, TrainStrategy::Auto);
     world.run(ms(3000));
     let first = world.jobs[&JOB].plans[0].ranks().map(|rank| rank.needed().0).sum::<u64>();
-    let second = world.start_job(2, Strategy::Auto, training(Parallel::Data));
+    let second = world.start_job(2, TrainStrategy::Auto);
     world.run(ms(1000));
     assert!(world.jobs[&second].plans[0].ranks().all(|rank| rank.usable.0 == world.usable - first), "what is left");
-    let third = world.start_job(3, Strategy::Auto, training(Parallel::Data));
+    assert_eq!((rows_at_once(&world, JOB), rows_at_once(&world, second)), (4, 2));
+    let third = world.start_job(3, TrainStrategy::Auto);
     world.run(ms(1000));
     assert_eq!(job_state(&world, third), InstanceState::WaitingForWorkers { found: 1, wanted: 1 });
     world.run(ms(6000));
     let failure = world.jobs[&third].ended.clone().flatten().expect("a failure");
     assert!(matches!(&failure, ClusterFailure::DoesNotFitBeside { .. }), "{failure}");
-    let words = ["the model does not fit: it needs", "w0 has", "of their memory is taken by job 1 and job 2: wait"];
+    let words = ["the training does not fit with --strategy auto", "w0 has", "of their memory is taken by job 1 and job 2: wait"];
     assert!(words.iter().all(|words| failure.to_string().contains(words)), "{failure}");
     assert!(world.jobs[&JOB].ready.is_some() && world.jobs[&second].ready.is_some() && world.ended.is_none());
 }
 
 #[test]
 fn a_job_that_does_not_fit_any_more_waits_for_memory_and_says_so() {
-    let mut world = idle_with(2, needed() * 11 / 10);
-    world.start_job(1, Strategy::Auto, training(Parallel::Data));
+    let mut world = idle_with(2, needed_to_train(4) * 11 / 10);
+    world.start_job(1, TrainStrategy::Auto);
     world.run(ms(3000));
-    let second = world.start_job(2, Strategy::Auto, training(Parallel::Data));
+    let second = world.start_job(2, TrainStrategy::Auto);
     world.run(ms(3000));
     let on = |world: &World, job| world.jobs[&job].engines.iter().map(|engine| engine.name.clone()).collect::<Vec<_>>();
     assert_eq!((on(&world, JOB), on(&world, second)), (vec!["w0".to_owned()], vec!["w1".to_owned()]));
@@ -268,7 +273,7 @@ fn the_coordinator_ends_all_of_them() {
     let mut world = both(2, 12);
     let request = world.submit(1);
     world.tell(Event::Drain { limit: ms(5000) });
-    world.start_job(2, Strategy::Auto, training(Parallel::Data));
+    world.start_job(2, TrainStrategy::Auto);
     assert_eq!(world.jobs[&InstanceId(2)].ended, Some(Some(ClusterFailure::Stopping)));
     world.run(ms(3000));
     assert_eq!(world.ends_of(request), [&RequestEvent::Finished(FinishReason::Length)]);

@@ -3,13 +3,13 @@
 use super::{
     event::Event,
     settings::InstanceSettings,
-    world::{Start, World, ms, needed, start, training},
+    world::{Start, World, ms, needed, start},
 };
 use crate::serving::InstanceState;
 use mlx_cluster_common::{
     ids::{InstanceId, SequenceId},
     plan::{Strategy, ToldStage},
-    training::Parallel,
+    training::TrainStrategy,
 };
 
 const SEEDS: u64 = 400;
@@ -94,10 +94,10 @@ fn fault_of_two(world: &mut World, workers: u64, job: InstanceId) {
 fn simulate_two(seed: u64) {
     let workers = 1 + seed % 3;
     let (served, trained) = match seed % 4 {
-        0 => (Strategy::Pipeline, Strategy::Tensor),
-        1 => (Strategy::Auto, Strategy::Pipeline),
-        2 => (Strategy::Tensor, Strategy::Auto),
-        _ => (Strategy::Pipeline, Strategy::Pipeline),
+        0 => (Strategy::Pipeline, TrainStrategy::Tensor),
+        1 => (Strategy::Auto, TrainStrategy::Pipeline),
+        2 => (Strategy::Tensor, TrainStrategy::Auto),
+        _ => (Strategy::Pipeline, TrainStrategy::Pipeline),
     };
     let mut world = World::new(start(workers as usize, served), seed);
     if seed % 5 < 3 {
@@ -106,7 +106,7 @@ fn simulate_two(seed: u64) {
     }
     (0..workers).for_each(|i| world.worker_up(&format!("w{i}")));
     world.run(ms(10_000));
-    let mut jobs = vec![world.start_job(1, trained, training(Parallel::Data))];
+    let mut jobs = vec![world.start_job(1, trained)];
     world.run(ms(5000));
     assert!(world.jobs[&jobs[0]].ready.is_some());
     let mut sequences = Vec::new();
@@ -116,7 +116,7 @@ fn simulate_two(seed: u64) {
             0..4 => fault_of_two(&mut world, workers + 1, job),
             4 if world.cluster.has(job) && jobs.len() < 4 => {
                 world.tell(Event::Stop { instance: job });
-                jobs.push(world.start_job(job.0 + 1, trained, training(Parallel::Data)));
+                jobs.push(world.start_job(job.0 + 1, trained));
             }
             _ => {}
         }
@@ -153,9 +153,12 @@ fn whatever_happens_a_job_comes_back_beside_the_served_model() {
 fn whatever_happens_to_the_engines_of_one_instance_the_other_goes_on() {
     for seed in 0..SEEDS / 4 {
         let (victim, is_job) = if seed % 2 == 0 { (InstanceId(1), true) } else { (InstanceId::SERVED, false) };
-        let strategy = if seed % 3 == 0 { Strategy::Tensor } else { Strategy::Pipeline };
-        let mut world = World::ready(2, strategy, seed);
-        let job = world.start_job(1, strategy, training(Parallel::Data));
+        let (served, trained) = match seed % 3 {
+            0 => (Strategy::Tensor, TrainStrategy::Tensor),
+            _ => (Strategy::Pipeline, TrainStrategy::Pipeline),
+        };
+        let mut world = World::ready(2, served, seed);
+        let job = world.start_job(1, trained);
         world.run(ms(5000));
         let trained = world.jobs[&job].ready;
         let mut sequences = Vec::new();

@@ -54,7 +54,22 @@ pub(crate) fn needed() -> u64 {
     World::ready(1, Strategy::Auto, 9).plans[0].stages[0].ranks[0].needed().0
 }
 
-pub(crate) fn training(parallel: Parallel) -> Kind {
+/// What one worker takes to train all of the model with so many rows at once.
+pub(crate) fn needed_to_train(batch_size: u32) -> u64 {
+    let mut world = World::new(Start { model: None, ..start(1, Strategy::Auto) }, 9);
+    world.worker_up("w0");
+    world.start_job_of(1, TrainingWork { batch_size, ..work(TrainStrategy::Auto) });
+    world.run(ms(3000));
+    let plan = &world.jobs[&InstanceId(1)].plans[0];
+    assert_eq!(plan.training.as_ref().map(|training| training.micro_batch_rows), Some(batch_size));
+    plan.stages[0].ranks[0].needed().0
+}
+
+pub(crate) fn work(strategy: TrainStrategy) -> TrainingWork {
+    TrainingWork { strategy, batch_size: 4, max_seq_length: 64, tokens_per_row_max: None, accumulation: 1 }
+}
+
+pub(crate) fn training(work: TrainingWork) -> Arc<TrainingFacts> {
     let role = TrainingRole {
         fine_tune: FineTune::Full,
         num_layers: None,
@@ -63,23 +78,9 @@ pub(crate) fn training(parallel: Parallel) -> Kind {
         seed: 0,
         grad_checkpoint: false,
         clear_cache_threshold: Bytes(0),
-        parallel,
+        parallel: Parallel::Data,
     };
-    let strategy = if parallel == Parallel::Tensor { TrainStrategy::Tensor } else { TrainStrategy::Auto };
-    let work = TrainingWork { strategy, batch_size: 4, max_seq_length: 64, tokens_per_row_max: None, accumulation: 1 };
-    Kind::Training(Arc::new(TrainingFacts { model: facts(), role, work }))
-}
-
-/// A job that is told how to be spread as a served model would be.
-fn spread_as(kind: Kind, strategy: Strategy) -> Kind {
-    let Kind::Training(facts) = kind else { return kind };
-    let strategy = match strategy {
-        Strategy::Auto => facts.work.strategy,
-        Strategy::Pipeline => TrainStrategy::Pipeline,
-        Strategy::Tensor => TrainStrategy::Tensor,
-    };
-    let work = TrainingWork { strategy, ..facts.work.clone() };
-    Kind::Training(Arc::new(TrainingFacts { model: facts.model.clone(), role: facts.role.clone(), work }))
+    Arc::new(TrainingFacts { model: facts(), role, work })
 }
 
 /// SplitMix64 (Steele et al. 2014): small, seeded, good enough to choose faults.
@@ -391,15 +392,14 @@ impl World {
         }
     }
 
-    pub(crate) fn start_job(&mut self, number: u64, strategy: Strategy, kind: Kind) -> InstanceId {
-        self.start_job_with(number, InstanceSettings { strategy, ..InstanceSettings::default() }, kind)
+    pub(crate) fn start_job(&mut self, number: u64, strategy: TrainStrategy) -> InstanceId {
+        self.start_job_of(number, work(strategy))
     }
 
-    pub(crate) fn start_job_with(&mut self, number: u64, settings: InstanceSettings, kind: Kind) -> InstanceId {
+    pub(crate) fn start_job_of(&mut self, number: u64, work: TrainingWork) -> InstanceId {
         let instance = InstanceId(number);
-        let kind = spread_as(kind, settings.strategy);
         self.jobs.insert(instance, FakeRunner::default());
-        self.tell(Event::Start { instance, kind, settings });
+        self.tell(Event::Start { instance, kind: Kind::Training(training(work)), settings: InstanceSettings::default() });
         instance
     }
 

@@ -129,7 +129,7 @@ impl<'a> EpochRun<'a> {
     async fn train(&mut self, batches: &mut Batches) -> Result<End, Stop> {
         let (job, config) = (self.job, &self.job.config);
         self.last = Instant::now();
-        while let Some(next) = batches.next() {
+        for next in batches.by_ref() {
             if job.context.stop.is_cancelled() {
                 return self.stopped().await;
             }
@@ -170,7 +170,7 @@ impl<'a> EpochRun<'a> {
     }
 
     fn is_update(&self, iteration: u64) -> bool {
-        iteration % u64::from(self.job.config.grad_accumulation_steps) == 0
+        iteration.is_multiple_of(u64::from(self.job.config.grad_accumulation_steps))
     }
 
     /// What was gathered goes to the engines.

@@ -182,11 +182,11 @@ impl Owner {
         match passed {
             Passed::Activations { output, pending: own } => {
                 pending.push_back(own);
-                self.to_next(&output, times)
+                self.send_on(&output, times)
             }
             Passed::Loss { loss, gradients } => {
                 *losses.entry(micro.batch).or_default() += f64::from(loss);
-                self.to_before(gradients.as_ref(), times)
+                self.send_back(gradients.as_ref(), times)
             }
         }
     }
@@ -201,7 +201,7 @@ impl Owner {
             false => None,
         };
         let gradients = self.stage.backward(own, given).map_err(|error| error.to_string())?;
-        self.to_before(gradients.as_ref(), times)
+        self.send_back(gradients.as_ref(), times)
     }
 
     fn update(&mut self, update_of: u32, times: &mut Times) -> Result<(), Trouble> {
@@ -224,7 +224,7 @@ impl Owner {
             let passed = self.ranks.check(self.stage.evaluate(micro, input))?;
             drop(work);
             match passed {
-                Passed::Activations { output, .. } => self.to_next(&output, &mut times)?,
+                Passed::Activations { output, .. } => self.send_on(&output, &mut times)?,
                 Passed::Loss { loss, .. } => *losses.entry(micro.batch).or_default() += f64::from(loss),
             }
             self.progress.send_modify(|progress| *progress += 1);
@@ -282,12 +282,12 @@ impl Owner {
         })
     }
 
-    fn to_next(&mut self, output: &Activations, times: &mut Times) -> Result<(), Trouble> {
+    fn send_on(&mut self, output: &Activations, times: &mut Times) -> Result<(), Trouble> {
         let next = self.next.as_mut().ok_or_else(|| "the next stage is not connected".to_owned())?;
         waited(times, || next.send(&self.runtime, output))
     }
 
-    fn to_before(&mut self, gradients: Option<&Activations>, times: &mut Times) -> Result<(), Trouble> {
+    fn send_back(&mut self, gradients: Option<&Activations>, times: &mut Times) -> Result<(), Trouble> {
         let Some(gradients) = gradients else { return Ok(()) };
         match &mut self.before {
             Some((epoch, before)) if *epoch == self.epoch => waited(times, || before.send(&self.runtime, gradients)),

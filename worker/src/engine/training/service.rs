@@ -75,7 +75,7 @@ impl Service {
 
 /// Whether a link names the neighbours that an engine of this place has.
 fn check_link(spec: &EngineSpec, link: &Link) -> Result<(), Status> {
-    let fits = link.next.is_some() == !spec.is_last()
+    let fits = link.next.is_some() != spec.is_last()
         && link.ranks.is_empty()
         && link.group.as_ref().map_or(1, |group| group.names.len()) == spec.place.ranks();
     match fits {

@@ -1,3 +1,5 @@
+//! Batches of too few examples, of none, and of packed rows.
+
 use super::*;
 use crate::training::data::{fixtures::set, pack};
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Which tokens a text or a chat becomes, and where its prompt ends.
+
 use super::*;
 use crate::training::data::fixtures::{TEMPLATE, model, usual_config};
 use serde_json::json;

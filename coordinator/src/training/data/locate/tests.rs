@@ -1,3 +1,5 @@
+//! Data sets of a pretended hub, and what is said where there are none.
+
 use super::*;
 use mlx_cluster_hub::{
     HubError,

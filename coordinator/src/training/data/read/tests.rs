@@ -1,3 +1,5 @@
+//! What is read from lines, good and bad ones, and how the bad ones are named.
+
 use super::*;
 use crate::training::data::{
     Features,

@@ -1,3 +1,5 @@
+//! Updates that go on from a file as if nothing had been, and state that does not fit.
+
 use super::*;
 use crate::ffi::{array_from_bytes, array_to_bytes, from_mlx};
 use mlx_cluster_common::{
