@@ -46,6 +46,18 @@ fn unreachable(name: &str, address: &str, cause: &str) -> ConnectError {
     ConnectError::Unreachable { name: name.to_owned(), address: address.to_owned(), cause: cause.to_owned() }
 }
 
+/// What happened to a call or a stream: what the peer said, or what broke the connection.
+pub fn cause_of(status: &tonic::Status) -> String {
+    match std::error::Error::source(status).map(root_cause) {
+        // What h2 says when hyper drops a connection, whose reason it keeps to itself.
+        Some(cause) if cause.contains("broken pipe") => {
+            format!("the connection broke, or was silent for {} s", (KEEP_ALIVE + KEEP_ALIVE_TIMEOUT).as_secs())
+        }
+        Some(cause) => cause,
+        None => status.message().to_owned(),
+    }
+}
+
 fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

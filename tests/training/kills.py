@@ -1,6 +1,6 @@
 """Does a job end with the same bits when processes are killed while it runs?
 
-    python tests/training/kills.py [--kills 20] [--seed N] [--layout NAME] [--stop]
+    python tests/training/kills.py [--kills 20] [--seed N] [--layout NAME] [--until 0.15] [--twice] [--stop]
 
 For each layout one job runs uncut. Then others of the same settings run, and at a random moment kill -9 hits an engine, a worker or the
 coordinator; a worker comes back within 3 s, a coordinator at once, and is told to resume. In the end the adapters, those of checkpoints
@@ -235,20 +235,28 @@ class Kills:
         why = difference(job.results(), self.wanted)
         return why and f"{why}\n{job.logs()}"
 
-    def kill(self, victim: str, part: float) -> str | None:
-        """`part` of the time that the whole job took."""
+    def kill(self, victims: list[str], part: float) -> str | None:
+        """The first after `part` of the time that the whole job took, others a little later, when the job has not recovered yet."""
         for attempt in range(4):
             job = self.begin()
             self.follow(job, self.seconds * part * 0.7**attempt)
             if job.is_active():
                 break
             job.finish()
+        at, killed = job.seen[-1][1], time.monotonic()
+        for victim in victims:
+            self.hit(job, victim)
+            self.follow(job, self.draw.uniform(0, 3) if victim is not victims[-1] else 0)
+        why = self.compare(job)
+        self.tell(job, at, killed)
+        return why
+
+    def hit(self, job: Job, victim: str) -> None:
         worker = f"worker{self.draw.randrange(self.cluster.layout.workers)}"
-        at = job.seen[-1][1]
-        killed = time.monotonic()
         match victim:
             case "engine":
-                self.cluster.signal_engine(worker, signal.SIGKILL)
+                if job.is_active():
+                    self.cluster.signal_engine(worker, signal.SIGKILL)
             case "worker":
                 self.cluster.kill(worker)
                 self.follow(job, self.draw.uniform(0, 3))
@@ -256,10 +264,8 @@ class Kills:
             case "coordinator":
                 self.cluster.kill("coordinator")
                 self.cluster.start_coordinator()
-                self.cluster.tool("jobs", "resume", job.name, "--detach")
-        why = self.compare(job)
-        self.tell(job, at, killed)
-        return why
+                if job.look()["state"] == "stopped":
+                    self.cluster.tool("jobs", "resume", job.name, "--detach")
 
     def tell(self, job: Job, at: int, killed: float) -> None:
         went_on = job.went_on(killed)
@@ -286,8 +292,9 @@ class Kills:
     def said(self, job: Job, worker: str) -> str | None:
         """Whether the log says who was lost, and what happens next."""
         logs = job.logs()
-        lost = [line for line in logs.splitlines() if f"worker {worker} is lost (" in line and "goes on from its last checkpoint" in line]
-        return None if lost else f"nothing about {worker} in\n{logs}"
+        lost = [line for line in logs.splitlines() if line.startswith(f"lost worker {worker} (") and "goes on from its last checkpoint" in line]
+        goes_on = "goes on from the checkpoint at iteration" in logs
+        return None if lost and goes_on else f"not a word about {worker} or about going on in\n{logs}"
 
     def stop(self, worker: str, continued_after: float | None) -> str | None:
         job = self.begin()
@@ -295,7 +302,7 @@ class Kills:
         at, stopped = job.seen[-1][1], time.monotonic()
         engine = self.cluster.engines(worker)[0]
         os.kill(engine, signal.SIGSTOP)
-        self.cluster.until(lambda: job.look() and "is lost" in job.logs(), "nobody notices", pause=0.2)
+        self.cluster.until(lambda: job.look() and "lost worker" in job.logs(), "nobody notices", pause=0.2)
         noticed = time.monotonic() - stopped
         if continued_after:
             self.follow(job, stopped + continued_after - time.monotonic())
@@ -303,7 +310,7 @@ class Kills:
         why = self.compare(job)
         print(f"  noticed after {noticed:.1f} s", flush=True)
         self.tell(job, at, stopped)
-        print("\n".join(f"  | {line}" for line in job.logs().splitlines() if "lost" in line))
+        print("\n".join(f"  | {line}" for line in job.logs().splitlines() if "lost" in line or "goes on" in line))
         return why or (f"noticed after {noticed:.1f} s" if noticed > NOTICED_S else None)
 
 
@@ -312,12 +319,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--layout", help="only this one")
+    parser.add_argument("--until", type=float, default=1, help="no kill after this part of the time; small values hit loading and linking")
+    parser.add_argument("--twice", action="store_true", help="something else is killed within 3 s of the first")
     parser.add_argument("--stop", action="store_true", help="stop an engine instead of killing anything")
     args = parser.parse_args()
     print(f"seed {args.seed}")
     draw, report = random.Random(args.seed), Report()
     layouts = [layout for layout in LAYOUTS if args.layout in (None, layout.name)]
-    layouts = layouts[:1] if args.stop else layouts[: max(args.kills, 1)]
+    layouts = layouts[:1] if args.stop else layouts[: (args.kills + 1) // 2]
+    # Each of the three comes as often as the others.
+    victims = iter([victim for _ in range(2 * args.kills) for victim in draw.sample(VICTIMS, len(VICTIMS))])
     with tempfile.TemporaryDirectory() as folder:
         model = build(Case("tiny", config("qwen3", head_dim=16, num_hidden_layers=4), AFFINE4), Path(folder) / "model", 3)
         settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -334,8 +345,8 @@ def main() -> None:
                     report.check("an engine stops for 12 s", kills.stop, "worker1", 12)
                     continue
                 for count in range(number, args.kills, len(layouts)):
-                    victim, part = VICTIMS[draw.randrange(3)], draw.uniform(0, 1)
-                    report.check(f"{layout.name}: {victim} killed at {part:.0%}", kills.kill, victim, part)
+                    hit, part = [next(victims) for _ in range(2 if args.twice else 1)], draw.uniform(0, args.until)
+                    report.check(f"{layout.name}: {' and '.join(hit)} killed at {part:.0%}", kills.kill, hit, part)
                 if layout.name == "pipeline":
                     report.check(f"{layout.name}: a worker never comes back", kills.lose)
     report.close()

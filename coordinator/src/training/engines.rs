@@ -254,7 +254,7 @@ impl EngineStream {
                 heard = self.reports.message() => heard,
                 () = sleep_until(silent_at) => return Err(fault(&self.at, format!("its engine said nothing for {} s", SILENCE_MAX.as_secs()))),
             };
-            let report = heard.map_err(|status| fault(&self.at, format!("connection to its engine lost: {}", status.message())))?;
+            let report = heard.map_err(|status| fault(&self.at, format!("connection to its engine lost: {}", net::cause_of(&status))))?;
             match report.and_then(|report| report.report) {
                 None => return Err(fault(&self.at, "its engine closed the stream")),
                 Some(Report::Broken(wire::Broken { node, message })) => return Err(Fault { node: Some(node), message }),

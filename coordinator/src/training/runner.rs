@@ -25,7 +25,13 @@ use mlx_cluster_common::{
 };
 use mlx_cluster_hub::{HubSettings, ModelRef, Snapshot};
 use start::Start;
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{
     sync::{Mutex, mpsc},
     time::timeout,
@@ -64,6 +70,8 @@ struct Job {
     micro_rows: Option<u32>,
     /// Epochs that were lost since an iteration was done in one.
     fruitless: u32,
+    /// Batches that came back, in all epochs of this run.
+    batches_done: AtomicU64,
     /// Held while a checkpoint is written, which goes on when its epoch is lost.
     writing: Arc<Mutex<()>>,
 }
@@ -102,7 +110,19 @@ impl Job {
         };
         let facts = Arc::new(TrainingFacts { model: Arc::new(facts), role: config.role(Parallel::Data), work });
         let micro_rows = context.job.micro_rows;
-        Ok(Self { context, config, facts, examples, fingerprint, start, plan: None, micro_rows, fruitless: 0, writing: Arc::default() })
+        Ok(Self {
+            context,
+            config,
+            facts,
+            examples,
+            fingerprint,
+            start,
+            plan: None,
+            micro_rows,
+            fruitless: 0,
+            batches_done: AtomicU64::new(0),
+            writing: Arc::default(),
+        })
     }
 
     async fn run(mut self) -> Outcome {
@@ -173,7 +193,7 @@ impl Job {
         let Some(plan) = self.plan.clone() else {
             return Next::End(Ended::Now(Outcome::Failed("engines without a plan; please report this".into())));
         };
-        let before = self.context.reporter.record().iteration;
+        let before = self.batches_done.load(Ordering::Relaxed);
         let ran = {
             let work = EpochRun::run(self, &plan, epoch, &engines);
             tokio::pin!(work);
@@ -190,7 +210,7 @@ impl Job {
                 }
             }
         };
-        self.fruitless = if self.context.reporter.record().iteration > before { 0 } else { self.fruitless + 1 };
+        self.fruitless = if self.batches_done.load(Ordering::Relaxed) > before { 0 } else { self.fruitless + 1 };
         if self.fruitless >= FRUITLESS_MAX {
             let why = match &ran {
                 Ok(Err(fault)) => fault.message.clone(),

@@ -183,7 +183,9 @@ pub(crate) fn line(event: &JobEvent) -> Option<String> {
         JobEvent::Val(report) => report.to_string(),
         JobEvent::Test(report) => report.to_string(),
         JobEvent::Saved { iteration } => format!("Iter {iteration}: Saved a checkpoint"),
-        JobEvent::WorkerLost { worker, cause } => format!("worker {worker} is lost ({cause}); the job goes on from its last checkpoint"),
+        JobEvent::WorkerLost { worker, cause } => {
+            format!("lost worker {worker} ({cause}); the job goes on from its last checkpoint, without this worker if it stays away")
+        }
         JobEvent::Ended { state, iteration } => {
             let cause = state.cause().map(|cause| format!(": {cause}")).unwrap_or_default();
             format!("{} at iteration {iteration}{cause}", state.name())

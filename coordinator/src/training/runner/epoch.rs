@@ -15,6 +15,7 @@ use mlx_cluster_common::{ids::Epoch, plan::Plan, training::Row};
 use std::{
     collections::VecDeque,
     sync::Arc,
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -115,6 +116,7 @@ impl<'a> EpochRun<'a> {
         }
         if let Some(checkpoint) = &checkpoint {
             export(job, checkpoint.clone()).await?;
+            job.context.reporter.note(format!("goes on from the checkpoint at iteration {}", checkpoint.state.iteration));
         }
         kept(job.context.reporter.start_at(run.progress.iteration))?;
         batches.go_to(run.progress.iteration);
@@ -209,6 +211,7 @@ impl<'a> EpochRun<'a> {
                 return Err(self.diverged(format!("the loss of iteration {number} is {loss}")).await);
             }
             self.progress.add(&done, loss, counted, each);
+            self.job.batches_done.fetch_add(1, Ordering::Relaxed);
             self.progress.updates += u64::from(self.is_update(number));
             if number % config.steps_per_report == 0 || number == config.iters {
                 let report = self.progress.report();

@@ -141,7 +141,7 @@ async fn listen(mut incoming: Streaming<wire::Passage>, heard: mpsc::Sender<Resu
         let (message, is_last) = match next {
             Some(Ok(passage)) if passage.number == 0 => continue,
             Some(Ok(passage)) => (Ok(passage), false),
-            Some(Err(status)) => (Err(status.message().to_owned()), true),
+            Some(Err(status)) => (Err(net::cause_of(&status)), true),
             None => (Err("its engine ended the stream".to_owned()), true),
         };
         if heard.send(message).await.is_err() || is_last {

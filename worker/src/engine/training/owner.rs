@@ -72,6 +72,8 @@ impl Owner {
     pub(super) fn run(mut self) {
         while let Some(control) = self.control.blocking_recv() {
             match control {
+                // An engine that took long to reach can come after its epoch is over; what belongs to it is closed with it.
+                Control::Link { epoch, .. } | Control::Before { epoch, .. } if epoch < self.epoch => {}
                 Control::Link { epoch, next, join } => {
                     (self.epoch, self.next) = (epoch, next);
                     self.before = self.before.take().filter(|(of, _)| *of >= epoch);
