@@ -17,7 +17,7 @@ use mlx_cluster_common::{
     links::{LinkFacts, Medium},
     plan::{Plan, Strategy},
     sampling::SamplingParams,
-    training::{FineTune, Optimizer, Parallel, Schedule, TrainStrategy, TrainingRole},
+    training::{FineTune, LoraParameters, Optimizer, Parallel, Schedule, TrainStrategy, TrainingRole},
     units::Bytes,
 };
 use std::{
@@ -72,7 +72,7 @@ pub(crate) fn work(strategy: TrainStrategy) -> TrainingWork {
 
 pub(crate) fn training(work: TrainingWork) -> Arc<TrainingFacts> {
     let role = TrainingRole {
-        fine_tune: FineTune::Full,
+        fine_tune: FineTune::Lora(LoraParameters { rank: 8, scale: 20.0, dropout: 0.0, keys: None }),
         num_layers: None,
         optimizer: Optimizer::Sgd { momentum: 0.0, weight_decay: 0.0, dampening: 0.0, nesterov: false },
         schedule: Schedule::constant(1e-5),
