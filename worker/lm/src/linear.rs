@@ -200,8 +200,10 @@ impl Linear {
 
     /// Leaves the sum over the ranks to the caller, who sums more than this; None when there is nothing to sum.
     pub fn without_sum(self) -> Option<Self> {
+        // DoRA's factor on each output is by the whole matrix, and comes after the sum.
+        let is_dora = self.low_rank.as_ref().is_some_and(|low_rank| low_rank.is_dora());
         match self.across {
-            Across::Sum(_) if self.bias.is_none() => Some(Self { across: Across::Nothing, ..self }),
+            Across::Sum(_) if self.bias.is_none() && !is_dora => Some(Self { across: Across::Nothing, ..self }),
             _ => None,
         }
     }
