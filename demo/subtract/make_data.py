@@ -21,7 +21,6 @@ PHRASINGS = [
     "How much is {a} - {b}?",
     "Calculate {a} - {b}.",
     "{a} - {b} = ?",
-    "Subtract {b} from {a}.",
 ]
 
 PAIRS = [(a, b) for a in range(100) for b in range(a + 1)]
@@ -55,7 +54,7 @@ def splits(rng: random.Random, rows: int) -> dict[str, list[dict[str, str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=Path("data/subtract"), help="folder to write")
-    parser.add_argument("--rows", type=int, default=6_400, help="rows of train.jsonl")
+    parser.add_argument("--rows", type=int, default=5_600, help="rows of train.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
