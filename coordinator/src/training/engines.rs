@@ -5,6 +5,7 @@ use super::{
     data::{MicroLimits, divide},
 };
 use crate::core::event::EngineAt;
+use futures_util::future::try_join_all;
 use mlx_cluster_common::{
     ids::Epoch,
     training::{MicroBatch, PIECE_TOKENS_MIN, Parallel, Row, TrainingPlan},
@@ -125,8 +126,8 @@ impl Engines {
             }
             engine.order(Order::Begin(wire::Begin { updates, has_optimizer })).await?;
         }
-        for engine in &mut self.all {
-            let Report::Begun(begun) = engine.report().await? else { return Err(fault(&engine.at, "it did not say that it began")) };
+        for (engine, report) in self.reports().await? {
+            let Report::Begun(begun) = report else { return Err(fault(&engine.at, "it did not say that it began")) };
             if engine.at.rank == 0 {
                 trained += begun.trained;
             }
@@ -164,8 +165,8 @@ impl Engines {
         let zero = Duration::ZERO;
         let mut all = Done { losses: BTreeMap::new(), learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
         let is_split = self.spread.parallel == Parallel::Tensor;
-        for engine in &mut self.all {
-            let done = match engine.report().await? {
+        for (engine, report) in self.reports().await? {
+            let done = match report {
                 Report::Done(done) if done.number == number => done,
                 _ => return Err(fault(&engine.at, format!("it reported something else than batch {number}"))),
             };
@@ -181,6 +182,12 @@ impl Engines {
             all.peaks.insert(engine.at.name.clone(), done.peak_bytes);
         }
         Ok(all)
+    }
+
+    /// One of each engine. All are listened to at once: a rank that hangs shows by its own silence, while the others wait for it and say so.
+    async fn reports(&mut self) -> Result<Vec<(&EngineStream, Report)>, Fault> {
+        let reports = try_join_all(self.all.iter_mut().map(EngineStream::report)).await?;
+        Ok(self.all.iter().zip(reports).collect())
     }
 
     /// What is trained, and what the optimizer remembers, tensor by tensor, each once.
