@@ -81,7 +81,7 @@ ask() { # ask MODEL QUESTION
 }
 
 percent_exact() { # percent_exact MODEL: of the held-out questions, how many are answered word for word
-  within 300 "$binary" evaluate --data "$scratch/data" --limit $questions --max-tokens 100 --json --model "$1" >"$scratch/measured.json"
+  within 300 "$binary" evaluate --data "$scratch/data" --limit $questions --max-tokens 100 --json --model "$1" >"$scratch/measured.json" || return 1
   python3 -c 'import json, sys; print(f"{100 * json.load(open(sys.argv[1]))["exact_match"]:.1f}")' "$scratch/measured.json"
 }
 
@@ -111,11 +111,10 @@ seconds=$((SECONDS - began))
 
 say "The adapter beside the base model, in the same cluster"
 post /v1/adapters "{\"name\": \"subtract\", \"path\": \"$scratch/adapter\"}"
-for question in "What is 83 - 47?" "Tell me a short story about a fox."; do
-  say "> $question"
-  ask demo/model "$question"
-  ask demo/model:subtract "$question"
-done
+question="What is 83 - 47?"
+say "> $question"
+ask demo/model "$question"
+ask demo/model:subtract "$question"
 base=$(percent_exact demo/model)
 adapted=$(percent_exact demo/model:subtract)
 say "Held-out subtractions answered exactly: base $base %, with the adapter $adapted %, after $seconds s of training"
