@@ -45,8 +45,22 @@ FORMS = {
 }
 
 
+class Answering:
+    """Asks as our server does: mlx-lm asks a model that can think to think, and then the empty thought before an answer counts as said."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def apply_chat_template(self, *arguments, **options):
+        return self.tokenizer.apply_chat_template(*arguments, enable_thinking=False, **options)
+
+
 def theirs(rows: list[dict]) -> float:
     model, tokenizer = load(str(MODEL))
+    tokenizer = Answering(tokenizer)
     options = types.SimpleNamespace(mask_prompt="text" not in rows[0])
     dataset = CacheDataset(create_dataset(rows, tokenizer, options))
     return evaluate(model, dataset, batch_size=1, num_batches=-1, max_seq_length=2048, loss=without_padding)
