@@ -19,6 +19,7 @@ use exchange::Passages;
 use mlx_cluster_common::{
     engine::EngineSpec,
     ids::Epoch,
+    spec::Part,
     tensor::{TensorPlace, check_cover, rank_model},
     training::{Parallel, TrainingRole},
 };
@@ -66,6 +67,13 @@ fn load(boot: &Boot, role: &TrainingRole) -> Result<Loaded, String> {
         return Err(missing);
     }
     let Opened { spec, index, map } = Opened::open(boot)?;
+    let trained = spec.trained(&map, &role.fine_tune, role.num_layers).map_err(|error| error.to_string())?;
+    if own.n_stages > 1 && spec.head.may_be_tied() && trained.contains_key(&Part::Embedding) {
+        return Err(format!(
+            "factors of `{}` are those of the head too, and the two would be on different stages: leave it out of `keys`, or take --strategy data",
+            spec.embedding.path
+        ));
+    }
     let parts = spec.parts_of(own.layers.clone());
     let is_split = role.parallel == Parallel::Tensor && !own.place.is_alone();
     let place = if is_split { own.place.clone() } else { TensorPlace::alone() };
