@@ -49,8 +49,11 @@ pub struct ClusterRunner;
 impl RunJob for ClusterRunner {
     fn run(&self, context: RunnerContext) -> Run {
         Box::pin(async move {
+            let stop = context.stop.clone();
             match Job::open(context).await {
                 Ok(job) => job.run().await,
+                // Reading was cut short, as asked.
+                Err(_) if stop.is_cancelled() => Outcome::Stopped,
                 Err(failure) => Outcome::Failed(failure),
             }
         })
