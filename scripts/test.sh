@@ -48,7 +48,6 @@ step 'training kills' "$python" tests/training/kills.py --kills 4
 step 'fused models' "$python" tests/parity/training/fuse.py
 step 'evaluation' "$python" tests/parity/training/evaluate.py
 step 'sameness' "$python" tests/parity/sameness.py
-step 'training kills' "$python" tests/training/kills.py --kills 4
 step 'openai client' "$python" tests/clients/openai_client.py
 
 printf '\n== summary\n'

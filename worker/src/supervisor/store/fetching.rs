@@ -95,8 +95,15 @@ pub(super) struct Fetching {
     lock: Arc<StoreLock>,
     /// Whether there may be something to start.
     changed: bool,
-    /// Who fetches what when these are away.
-    owners: Option<(BTreeSet<usize>, BTreeMap<String, usize>)>,
+    owners: Option<Owners>,
+}
+
+/// Who fetches what from the hub, as long as nobody comes or goes.
+struct Owners {
+    away: BTreeSet<usize>,
+    /// Of whom it is not yet known what they hold.
+    unheard: BTreeSet<usize>,
+    of: BTreeMap<String, usize>,
 }
 
 struct Done {
@@ -243,6 +250,17 @@ impl Fetching {
         others.chain(self.hub.is_none().then_some(self.me)).collect()
     }
 
+    /// Places whose workers may hold something, though they have not said so: one that does not answer yet, as a busy machine may not, or
+    /// one that is still finding out what the model consists of.
+    fn unheard(&self) -> BTreeSet<usize> {
+        let now = Instant::now();
+        let is_unheard = |peer: &&PeerState| {
+            let told = peer.answers && peer.inventory.as_ref().is_some_and(|inventory| inventory.described);
+            !told && peer.failures < FAILURES_MAX && now <= peer.moved + self.patience.unreachable
+        };
+        self.peers.iter().filter(is_unheard).map(|peer| peer.number).collect()
+    }
+
     /// The peer to read a tensor from, if one has it: the least busy one.
     fn holder(&self, name: &str) -> Option<usize> {
         let now = Instant::now();
@@ -253,13 +271,13 @@ impl Fetching {
 
     /// Chooses anew who fetches what, when somebody came or went.
     fn choose_owners(&mut self) {
-        let away = self.away();
-        if self.owners.as_ref().is_some_and(|(known, _)| *known == away) {
+        let (away, unheard) = (self.away(), self.unheard());
+        if self.owners.as_ref().is_some_and(|known| known.away == away && known.unheard == unheard) {
             return;
         }
         let all: Vec<_> = self.candidates.values().cloned().collect();
         let chosen = self.candidates.keys().cloned().zip(owners(&all, &away));
-        self.owners = Some((away, chosen.filter_map(|(name, owner)| Some((name, owner?))).collect()));
+        self.owners = Some(Owners { away, unheard, of: chosen.filter_map(|(name, owner)| Some((name, owner?))).collect() });
         self.changed = true;
     }
 
@@ -268,13 +286,16 @@ impl Fetching {
     /// # Errors
     /// When a tensor can come from nowhere.
     fn sources(&self) -> Result<BTreeMap<String, Source>, StoreError> {
-        let owner_of = |name: &String| self.owners.as_ref().and_then(|(_, owners)| owners.get(name)).copied();
+        let owner_of = |name: &String| self.owners.as_ref().and_then(|owners| owners.of.get(name)).copied();
+        let some_are_unheard = self.owners.as_ref().is_some_and(|owners| !owners.unheard.is_empty());
         let mut sources = BTreeMap::new();
         for name in self.missing.difference(&self.in_flight) {
             let source = match (self.holder(name), owner_of(name)) {
                 (Some(holder), _) => Source::Peer(holder),
                 (None, Some(owner)) if owner == self.me => Source::Hub,
                 (None, Some(_)) => Source::Later,
+                // Somebody may have it.
+                (None, None) if some_are_unheard => Source::Later,
                 // Somebody has it, and failed just now.
                 (None, None) if self.peers.iter().any(|peer| peer.held.contains(name)) => Source::Later,
                 (None, None) => {

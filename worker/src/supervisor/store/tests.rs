@@ -355,3 +355,32 @@ async fn a_worker_that_must_not_ask_the_hub_gets_all_from_the_others() {
     }
     assert_eq!(counted(&hub).0, 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_answers_late_is_waited_for_before_a_tensor_is_nowhere() {
+    let (hub, fingerprint) = hub_with_model();
+    let mut workers = Workers::start(&hub, fingerprint, &[0..2, 2..4]).await;
+    for (number, other) in [(0, 1), (1, 0)] {
+        // Each has what the other one needs, and nobody may ask the hub.
+        let whole = EngineSpec { weight_peers: Vec::new(), ..workers.spec(other) };
+        folder_of(fetch(&workers.stores[number], &whole).await.0);
+        let mut offline = store_at(workers.homes[number].path(), &format!("mini-{number}"), &hub.endpoint());
+        offline.hub.offline = true;
+        offline.patience.unreachable = Duration::from_secs(20);
+        workers.stores[number] = Arc::new(offline);
+    }
+    workers.servers.remove(1).abort();
+    let address = workers.peers[1].addresses[0].clone();
+    let (store, served) = (Arc::clone(&workers.stores[0]), Arc::clone(&workers.stores[1]));
+    let spec = workers.spec(0);
+    let first = tokio::spawn(async move { fetch(&store, &spec).await.0 });
+    // By then the first one has asked several times, and was refused.
+    sleep(Duration::from_secs(1)).await;
+    assert!(!first.is_finished(), "it did not wait");
+    let listener = net::listen(address.parse().expect("an address")).await.expect("the port again");
+    let service = WeightsServer::new(WeightsService::new(served, TaskTracker::new(), CancellationToken::new()));
+    workers.servers.push(tokio::spawn(async move {
+        net::server().add_service(service).serve_with_incoming(net::incoming(listener)).await.expect("serves");
+    }));
+    assert_eq!(layers_in(&folder_of(first.await.expect("no panic"))), (0..2).collect());
+}
