@@ -27,9 +27,14 @@ pub(crate) struct StartedJob {
 
 impl Client {
     /// `POST /v1/jobs`.
-    pub(crate) async fn start_job(&self, config: &Map<String, Value>, strategy: TrainStrategy) -> anyhow::Result<StartedJob> {
+    pub(crate) async fn start_job(
+        &self,
+        config: &Map<String, Value>,
+        strategy: TrainStrategy,
+        split: Option<&[u32]>,
+    ) -> anyhow::Result<StartedJob> {
         let request = self.http.post(format!("{}/v1/jobs", self.url)).timeout(STATUS_TIMEOUT);
-        started(&self.json(request.json(&json!({"config": config, "strategy": strategy}))).await?)
+        started(&self.json(request.json(&json!({"config": config, "strategy": strategy, "split": split}))).await?)
     }
 
     /// `POST /v1/jobs/{id}/resume`. `changes` are keys of the config.

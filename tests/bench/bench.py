@@ -1,4 +1,4 @@
-"""Speed and memory as ratios within one run: `bench.py [--only decode,memory,pipeline,tensor,hop,server] [--rounds 5]`.
+"""Speed and memory as ratios within one run: `bench.py [--only decode,memory,pipeline,tensor,hop,server,train] [--rounds 5]`.
 
 Every ratio is the median of paired rounds (first one side, then the other), shown with its smallest and largest. Run it on a quiet
 machine. A figure that misses its target is printed as such; the exit status does not depend on it.
@@ -7,8 +7,6 @@ machine. A figure that misses its target is printed as such; the exit status doe
 import argparse
 import contextlib
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,28 +17,14 @@ import load
 import models
 import reference
 import requests
+import training
 from cluster import Coordinator, Workers
+from common import PinnedWorkers, row
 
 ROOT = Path(__file__).parents[2]
 MEMORY_BASE = 150e6
 # Tokens of each of the 16 streams.
 SERVER_TOKENS = 16
-
-
-def row(name: str, values: list[float], target: float, at_most: bool = False) -> None:
-    middle = statistics.median(values)
-    reached = middle <= target if at_most else middle >= target
-    wanted = f"{'<=' if at_most else '>='} {target:g}"
-    print(f"{name:66} {middle:7.2f}  ({min(values):.2f} to {max(values):.2f}, {len(values)} rounds)  wanted {wanted:8} {'ok' if reached else 'MISSED'}", flush=True)
-
-
-class PinnedWorkers(Workers):
-    """Workers with a core each, so that two of them have twice what one has."""
-
-    def start(self, name, *args):
-        if name.startswith("worker") and shutil.which("taskset"):
-            return super().start(name, *args, prefix=["taskset", "-c", str(int(name.removeprefix("worker")) % os.cpu_count())])
-        return super().start(name, *args)
 
 
 @contextlib.contextmanager
@@ -176,7 +160,7 @@ def server(rounds: int) -> None:
     row("16 streams, tokens/s, two workers / mlx_lm.server", rates[2], 1.7)
 
 
-PARTS = {"decode": decode, "memory": memory, "hop": hop, "pipeline": pipeline, "tensor": tensor, "server": server}
+PARTS = {"decode": decode, "memory": memory, "hop": hop, "pipeline": pipeline, "tensor": tensor, "server": server, "train": training.train}
 
 
 def main() -> None:

@@ -47,6 +47,10 @@ CONFIGS = {
     "wide-layers": ({"model_type": "llama", "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 4096, "num_attention_heads": 24,
                      "num_key_value_heads": 4, "head_dim": 64, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
                      "tie_word_embeddings": True}, None),
+    # 1.6M parameters in f32: an update of 4,096 tokens is seconds of products.
+    "training": ({"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 384, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,
+                  "tie_word_embeddings": True}, None),
     # Activations of 8 KiB a token in f32, little else: for the way between two engines.
     "wide": ({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 16,
               "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 512, "rope_theta": 10000.0,

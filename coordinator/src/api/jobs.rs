@@ -5,7 +5,7 @@ use super::{
     answer::sse,
     body::JsonBody,
     error::{ApiError, JobErrorKind, shown},
-    fields::wrong_type,
+    fields::{Fields, as_integer, wrong_type},
 };
 use crate::training::{
     events::Listener,
@@ -28,9 +28,10 @@ use tokio_util::sync::CancellationToken;
 pub(super) async fn start(State(api): State<Arc<Api>>, JsonBody(mut fields): JsonBody) -> Result<(StatusCode, Json<Value>), ApiError> {
     let keys = fields.object("config")?.ok_or_else(|| fields.missing("config", "; give the keys of mlx-lm's lora.py as an object"))?;
     let strategy = fields.string("strategy")?.map(|text| strategy(&text)).transpose()?.unwrap_or_default();
+    let split = split(&mut fields)?;
     fields.finish()?;
     let config = TrainingConfig::parse(&keys).map_err(JobError::from)?;
-    Ok(accepted(&api.jobs.start(StartRequest { config, strategy }).await?))
+    Ok(accepted(&api.jobs.start(StartRequest { config, strategy, split }).await?))
 }
 
 pub(super) async fn list(State(api): State<Arc<Api>>) -> Result<Json<Value>, ApiError> {
@@ -110,6 +111,16 @@ fn asked(query: &str) -> Result<(u64, bool), ApiError> {
     Ok((from, follow))
 }
 
+/// Layers of each stage.
+fn split(fields: &mut Fields) -> Result<Option<Vec<u32>>, ApiError> {
+    let Some(items) = fields.list("split")? else { return Ok(None) };
+    let layers = |(place, item): (usize, &Value)| {
+        let number = as_integer(&format!("split[{place}]"), item, 1..=i64::from(u32::MAX))?;
+        Ok(u32::try_from(number).unwrap_or(u32::MAX))
+    };
+    items.iter().enumerate().map(layers).collect::<Result<_, ApiError>>().map(Some)
+}
+
 fn strategy(text: &str) -> Result<TrainStrategy, ApiError> {
     let wrong = |_| ApiError::OutOfRange {
         param: "strategy".into(),
@@ -144,6 +155,7 @@ fn summary(job: &JobRecord) -> Map<String, Value> {
 fn whole(job: &JobRecord) -> Value {
     let mut all = summary(job);
     let more = [
+        ("split", json!(job.split)),
         ("warm_start", json!(job.warm_start)),
         ("plan", json!(job.plan)),
         ("data_fingerprint", json!(job.data_fingerprint)),

@@ -28,8 +28,8 @@ pub struct Metrics {
 
 impl Metrics {
     /// For a job that has done `iteration` batches. Of what is there, reports that will be made again are cut off; beside the adapter the
-    /// reports of other jobs make room. With `tensorboard`, event files are written beside the adapter.
-    pub fn resume(job_folder: &Path, adapter_path: &Path, iteration: u64, tensorboard: bool) -> Result<Self, FileError> {
+    /// reports of other jobs make room. TensorBoard's event files go into the folder of that name, where one is given.
+    pub fn resume(job_folder: &Path, adapter_path: &Path, iteration: u64, tensorboard: Option<&Path>) -> Result<Self, FileError> {
         let path = job_folder.join(METRICS_FILE);
         let text = match attempt("read", &path, || fs::read(&path)) {
             Err(error) if error.is_not_found() => Vec::new(),
@@ -44,8 +44,12 @@ impl Metrics {
             Ok((path, file))
         });
         let files = files.into_iter().collect::<Result<_, FileError>>()?;
-        let events = || Ok((adapter_path.to_path_buf(), EventFile::create(adapter_path, SystemTime::now())?));
-        let tensorboard = tensorboard.then(|| attempt("write TensorBoard's events into", adapter_path, events)).transpose()?;
+        let events = |folder: &Path| {
+            make_folder(folder)?;
+            let file = attempt("write TensorBoard's events into", folder, || EventFile::create(folder, SystemTime::now()))?;
+            Ok::<_, FileError>((folder.to_path_buf(), file))
+        };
+        let tensorboard = tensorboard.map(events).transpose()?;
         Ok(Self { files, tensorboard })
     }
 
@@ -107,7 +111,7 @@ mod tests {
         }
 
         fn resume(&self, iteration: u64) -> Metrics {
-            Metrics::resume(self.job.path(), &self.adapter.path().join("new"), iteration, false).unwrap()
+            Metrics::resume(self.job.path(), &self.adapter.path().join("new"), iteration, None).unwrap()
         }
 
         /// What both files hold.
@@ -162,10 +166,10 @@ mod tests {
     #[test]
     fn event_files_are_written_on_request() {
         let folders = Folders::new();
-        let adapter = folders.adapter.path();
-        let mut metrics = Metrics::resume(folders.job.path(), adapter, 0, true).unwrap();
+        let events = folders.adapter.path().join("my-run");
+        let mut metrics = Metrics::resume(folders.job.path(), folders.adapter.path(), 0, Some(&events)).unwrap();
         let bytes = || {
-            let files = fs::read_dir(adapter).unwrap().map(|entry| entry.unwrap());
+            let files = fs::read_dir(&events).unwrap().map(|entry| entry.unwrap());
             let events: Vec<_> = files.filter(|file| file.file_name().to_string_lossy().starts_with("events.out.tfevents")).collect();
             assert_eq!(events.len(), 1);
             fs::read(events[0].path()).unwrap()

@@ -39,12 +39,12 @@ pub struct TestReport {
     pub test_ppl: f32,
 }
 
-/// As mlx-lm prints it, and the time share of communication.
+/// As mlx-lm prints it, with the peak of each worker and the time share of communication.
 impl fmt::Display for TrainReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Iter {}: Train loss {:.3}, Learning Rate {}, It/sec {:.3}, Tokens/sec {:.3}, Trained Tokens {}, Peak mem {:.3} GB, Communication {:.1} %",
+            "Iter {}: Train loss {:.3}, Learning Rate {}, It/sec {:.3}, Tokens/sec {:.3}, Trained Tokens {}, Peak mem {:.3} GB{}, Communication {:.1} %",
             self.iteration,
             self.train_loss,
             exponential(self.learning_rate),
@@ -52,6 +52,7 @@ impl fmt::Display for TrainReport {
             self.tokens_per_second,
             self.trained_tokens,
             self.peak_memory,
+            by_worker(&self.peak_memory_per_worker),
             self.communication_share * 100.0
         )
     }
@@ -67,6 +68,12 @@ impl fmt::Display for TestReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Test loss {:.3}, Test ppl {:.3}.", self.test_loss, self.test_ppl)
     }
+}
+
+/// Nothing for one worker.
+fn by_worker(peaks: &BTreeMap<String, f64>) -> String {
+    let each: Vec<String> = peaks.iter().map(|(worker, peak)| format!("{worker} {peak:.3}")).collect();
+    if each.len() > 1 { format!(" ({})", each.join(", ")) } else { String::new() }
 }
 
 /// Python's `%.3e`: its exponent has two digits and a sign.
@@ -104,7 +111,7 @@ pub(super) mod tests {
     fn reports_are_told_in_mlx_lms_words() {
         assert_eq!(
             train(10).to_string(),
-            "Iter 10: Train loss 2.345, Learning Rate 1.000e-05, It/sec 1.234, Tokens/sec 456.750, Trained Tokens 1234, Peak mem 0.123 GB, \
+            "Iter 10: Train loss 2.345, Learning Rate 1.000e-05, It/sec 1.234, Tokens/sec 456.750, Trained Tokens 1234, Peak mem 0.123 GB (mini 0.100, studio 0.123), \
              Communication 5.6 %"
         );
         assert_eq!(val(0).to_string(), "Iter 1: Val loss 3.250, Val took 0.500s");

@@ -96,6 +96,7 @@ impl Job {
         let facts = model::load_facts(&config.model).await.map_err(|error| error.to_string())?;
         let start = Start::find(&context, &config, &facts).await?;
         let config = start.config.clone();
+        context.reporter.note("reading the data");
         let examples = Examples::read(&config, snapshot.folder().to_owned(), &settings, &context.stop).await;
         let examples = examples.map_err(|error| error.to_string())?;
         let fingerprint = examples.fingerprint();
@@ -131,7 +132,8 @@ impl Job {
     async fn run(mut self) -> Outcome {
         let (notes, mut receiver) = mpsc::channel(NOTES_BUFFERED_MAX);
         let instance = self.context.instance;
-        let command = ServingCommand::StartJob { instance, facts: Arc::clone(&self.facts), settings: InstanceSettings::default(), notes };
+        let settings = InstanceSettings { split: self.context.job.split.clone(), ..InstanceSettings::default() };
+        let command = ServingCommand::StartJob { instance, facts: Arc::clone(&self.facts), settings, notes };
         if self.context.commands.send(command).await.is_err() {
             return Outcome::Failed("the coordinator is stopping".into());
         }

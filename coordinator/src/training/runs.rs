@@ -180,5 +180,8 @@ impl Shared {
 }
 
 fn open_metrics(folder: &JobFolder, record: &JobRecord, iteration: u64) -> Result<Metrics, FileError> {
-    Metrics::resume(folder.path(), &record.config.adapter_path, iteration, record.config.tensorboard)
+    let adapter_path = &record.config.adapter_path;
+    // TensorBoard calls a run by its folder.
+    let events = record.config.project_name.as_ref().map_or_else(|| adapter_path.clone(), |name| adapter_path.join(name));
+    Metrics::resume(folder.path(), adapter_path, iteration, record.config.tensorboard.then_some(&*events))
 }

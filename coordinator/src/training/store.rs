@@ -99,6 +99,9 @@ pub struct JobRecord {
     /// Batches done, as of the last report.
     pub iteration: u64,
     pub strategy: TrainStrategy,
+    /// Layers of each stage of a pipeline, as told.
+    #[serde(default)]
+    pub split: Option<Vec<u32>>,
     /// The checkpoint's weights with a new optimizer.
     pub warm_start: bool,
     /// Rows of a micro-batch in the first plan. Later plans keep to it, so that sums are made in the same order and bits stay the same.
@@ -135,7 +138,12 @@ impl JobStore {
     }
 
     /// A new job, queued.
-    pub fn create(&self, config: TrainingConfig, strategy: TrainStrategy) -> Result<(JobFolder, JobRecord), StoreError> {
+    pub fn create(
+        &self,
+        config: TrainingConfig,
+        strategy: TrainStrategy,
+        split: Option<Vec<u32>>,
+    ) -> Result<(JobFolder, JobRecord), StoreError> {
         let (id, path) = loop {
             let id = JobId::draw();
             let path = self.folder.join(id.as_str());
@@ -151,6 +159,7 @@ impl JobStore {
             created,
             iteration: 0,
             strategy,
+            split,
             warm_start: false,
             micro_rows: None,
             plan: None,
@@ -255,7 +264,7 @@ mod tests {
     }
 
     fn create(store: &JobStore) -> (JobFolder, JobRecord) {
-        store.create(config(json!({"iters": 7})), TrainStrategy::Pipeline).unwrap()
+        store.create(config(json!({"iters": 7})), TrainStrategy::Pipeline, Some(vec![3, 1])).unwrap()
     }
 
     #[test]

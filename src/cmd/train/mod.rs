@@ -47,6 +47,9 @@ pub(crate) struct TrainArgs {
     /// How the job is spread: data, a copy of the model on each worker; pipeline, some layers on each; tensor, a part of each matrix
     #[arg(long, value_name = "auto|data|pipeline|tensor", default_value = "auto")]
     strategy: TrainStrategy,
+    /// Layers for each stage of a pipeline, the worker with the most memory first, instead of as predicted to be fastest
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    split: Option<Vec<u32>>,
     /// A folder or a repository on the Hugging Face hub
     #[arg(long, value_name = "PATH|REPO", help_heading = MODEL)]
     model: Option<String>,
@@ -122,7 +125,7 @@ pub(crate) struct TrainArgs {
     /// tensorboard writes event files beside metrics.jsonl
     #[arg(long, value_name = "tensorboard", help_heading = REPORTS)]
     report_to: Option<String>,
-    /// How the run is called in reports
+    /// What TensorBoard calls the run: the folder for event files within the adapter's
     #[arg(long, value_name = "NAME", help_heading = REPORTS)]
     project_name: Option<String>,
 }
@@ -160,7 +163,7 @@ async fn train(place: &mut Place, config: &TrainingConfig, args: &TrainArgs, sto
     if args.detach && place.local.is_some() {
         return Err(Failure::new(Exit::Usage, "there is no coordinator that could go on: leave --detach out, or start one").into());
     }
-    let job = place.client.start_job(&config.adapter_config(), args.strategy).await?;
+    let job = place.client.start_job(&config.adapter_config(), args.strategy, args.split.as_deref()).await?;
     if args.detach {
         println!("{}", job.id);
         return Ok(());

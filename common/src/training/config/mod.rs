@@ -239,7 +239,7 @@ impl Settings {
             grad_checkpoint: table.flag("grad_checkpoint", false)?,
             clear_cache_threshold: size(table, "clear_cache_threshold")?,
             tensorboard: reports_to_tensorboard(table)?,
-            project_name: table.name("project_name")?.map(str::to_owned),
+            project_name: project_name(table)?,
         })
     }
 }
@@ -276,6 +276,15 @@ fn size(table: &Table, key: &str) -> Result<Bytes, TrainingConfigError> {
         None => Ok(Bytes(0)),
         Some(Value::String(text)) => text.parse().map_err(|_| refused(&Value::from(text.as_str()))),
         Some(value) => value.as_u64().map(Bytes).ok_or_else(|| refused(value)),
+    }
+}
+
+/// The name of a folder.
+fn project_name(table: &Table) -> Result<Option<String>, TrainingConfigError> {
+    let Some(name) = table.name("project_name")? else { return Ok(None) };
+    match name.contains(['/', '\\']) || name.chars().any(char::is_control) || matches!(name, "." | "..") {
+        true => Err(TrainingConfigError::invalid(table.path("project_name"), &Value::from(name), "a name without slashes")),
+        false => Ok(Some(name.to_owned())),
     }
 }
 

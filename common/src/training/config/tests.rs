@@ -179,6 +179,9 @@ fn what_mlx_cluster_does_not_do_is_refused_with_what_to_do() {
     assert!(parse(json!({"report_to": ["tensorboard"]})).tensorboard);
     assert!(parse(json!({"report_to": "TensorBoard"})).tensorboard);
     assert!(!parse(json!({"report_to": ""})).tensorboard);
+    let outside = refused(json!({"report_to": "tensorboard", "project_name": "../logs"}));
+    assert!(outside.contains("without slashes"), "{outside}");
+    assert_eq!(parse(json!({"project_name": "first try"})).project_name.as_deref(), Some("first try"));
     let missing = refused(json!({"lora_parameters": {"rank": 4, "dropout": 0.0}}));
     assert!(missing.starts_with("`lora_parameters.scale` is missing"), "{missing}");
     let idle = TrainingConfig::parse(&Map::new()).unwrap_err().to_string();

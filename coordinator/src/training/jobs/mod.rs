@@ -39,6 +39,8 @@ pub struct Jobs {
 pub struct StartRequest {
     pub config: TrainingConfig,
     pub strategy: TrainStrategy,
+    /// Layers of each stage of a pipeline, exactly.
+    pub split: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Clone, Default)]

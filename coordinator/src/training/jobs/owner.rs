@@ -116,7 +116,7 @@ impl Owner {
 
     fn start(&mut self, request: StartRequest) -> Result<Started, JobError> {
         self.check_room()?;
-        let (folder, record) = self.store.create(request.config, request.strategy)?;
+        let (folder, record) = self.store.create(request.config, request.strategy, request.split)?;
         self.enqueue(folder, record)
     }
 

@@ -35,7 +35,7 @@ impl Home {
     fn request(&self, changes: Value) -> StartRequest {
         let mut all = json!({"adapter_path": self.adapter(), "iters": 10, "save_every": 4});
         all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        StartRequest { config: config(all), strategy: TrainStrategy::Auto }
+        StartRequest { config: config(all), strategy: TrainStrategy::Auto, split: None }
     }
 }
 
