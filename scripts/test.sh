@@ -16,6 +16,7 @@ step() { # step NAME COMMAND…: runs it, keeps the runner's closing line
   else
     failed+=("$name")
     closing+=("FAILED  $name: $(closing_line "$log") ($((SECONDS - start)) s)")
+    while read -r line; do closing+=("        $line"); done < <(grep -aE ' FAILED|^error' "$log" | head -n 8 | cut -c 1-300)
   fi
   rm -f "$log"
 }

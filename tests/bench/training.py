@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -19,10 +18,28 @@ from cluster import Processes, binary, free_port
 from common import PinnedWorkers, core, row
 
 JOB_S = 900
-# An update has four batches of 8 x 128 tokens: a replica gets 512 tokens of each, and so has a stage in a micro-batch.
-ROW_TOKENS, ROWS, ACCUMULATION = 128, 8, 4
+# An update has two batches of 16 rows of 64 to 192 tokens: a replica gets over 512 tokens of each, and so has about a micro-batch of a pipeline.
+ROW_TOKENS, ROWS, ACCUMULATION = (64, 192), 16, 2
 # The first report has the first calls of all kernels in it and is left out.
-REPORTS = 4
+REPORTS = 3
+
+# mlx_lm.lora with the reports in full.
+THEIRS = """
+import json, sys, types
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlx_lm import lora
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+class Written(TrainingCallback):
+    def on_train_loss_report(self, info):
+        with open(sys.argv[2], "a") as file:
+            print(json.dumps(info), file=file)
+
+# `run` makes its own callback, whatever it is given.
+lora.get_reporting_callbacks = lambda *_, **__: Written()
+lora.run(types.SimpleNamespace(**lora.CONFIG_DEFAULTS | json.load(open(sys.argv[1]))))
+"""
 
 
 @dataclass
@@ -79,18 +96,18 @@ def cluster(workers: int):
 
 
 def settings(scratch: Path, model: str, rows: int, accumulation: int, reports: int) -> dict:
-    """A job of mlx-lm's keys over rows that all have the same length."""
+    """A job of mlx-lm's keys."""
     folder = scratch / f"data-{model}"
     folder.mkdir()
     rng = random.Random(1)
-    # One token a character and one for the end.
-    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=ROW_TOKENS - 1)) for _ in range(4 * rows)]
+    # One token a character. With as many rows as a report has, each is over the same ones.
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(*ROW_TOKENS))) for _ in range(accumulation * rows)]
     for name in ("train", "valid"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "model": str(models.path(model)), "data": str(folder), "train": True, "fine_tune_type": "lora", "num_layers": -1,
         "batch_size": rows, "iters": accumulation * reports, "grad_accumulation_steps": accumulation, "steps_per_report": accumulation,
-        "steps_per_eval": 10_000, "val_batches": 1, "save_every": 10_000, "max_seq_length": ROW_TOKENS, "learning_rate": 1e-5, "optimizer": "adam",
+        "steps_per_eval": 10_000, "val_batches": 1, "save_every": 10_000, "max_seq_length": 256, "learning_rate": 1e-5, "optimizer": "adam",
         "lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.0}, "seed": 0,
     }
 
@@ -105,12 +122,12 @@ def written(job: dict, scratch: Path) -> tuple[Path, Path]:
 
 
 def by_mlx_lm(job: dict, scratch: Path) -> float:
-    config, _ = written(job, scratch)
-    command = [*core(0), sys.executable, "-c", "import mlx.core as mx; mx.set_default_device(mx.cpu); from mlx_lm.lora import main; main()",
-               "--config", str(config)]
+    config, adapter = written(job, scratch)
+    told = adapter / "reports.jsonl"
+    command = [*core(0), sys.executable, "-c", THEIRS, str(config), str(told)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S, env=environment)
-    rates = [float(rate) for rate in re.findall(r"Train loss .*?Tokens/sec ([0-9.]+)", run.stdout)]
+    rates = [json.loads(line)["tokens_per_second"] for line in told.read_text().splitlines()] if told.exists() else []
     if run.returncode or len(rates) != job["iters"] // job["steps_per_report"]:
         raise RuntimeError(f"mlx_lm.lora: {run.stdout[-500:]}{run.stderr[-500:]}")
     return statistics.median(rates[1:])

@@ -380,8 +380,9 @@ impl TrainedStage {
             let gradients = self.finished(done.inputs)?;
             return Ok(Passed::Loss { loss: read(&loss)?, gradients });
         }
-        // Only for shapes and types: nothing of it is evaluated.
-        let outputs = self.named(0, self.run(0, &self.trained(0), input.as_ref(), &lot, None)?)?;
+        // Only for shapes and types: nothing of it is evaluated, nor may anything that is wait for it.
+        let outputs = in_order(|| self.run(0, &self.trained(0), input.as_ref(), &lot, None))?;
+        let outputs = self.named(0, outputs)?;
         let deferred = |(tensor, array): (&CutTensor, &Array)| Ok::<_, LmError>((*tensor, Deferred::new(array.shape(), array.dtype())?));
         let deferred = outputs.tensors.iter().map(deferred).collect::<Result<Vec<_>, _>>()?;
         let cotangents: Vec<Array> = deferred.iter().map(|(_, deferred)| deferred.array().clone()).collect();
