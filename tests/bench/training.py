@@ -18,8 +18,10 @@ from cluster import Processes, binary, free_port
 from common import PinnedWorkers, core, row
 
 JOB_S = 900
-# An update has two batches of 16 rows of 64 to 192 tokens: a replica gets over 512 tokens of each, and so has about a micro-batch of a pipeline.
-ROW_TOKENS, ROWS, ACCUMULATION = (64, 192), 16, 2
+# An update has two batches of 16 rows: a replica gets some 1,000 tokens of each, and a micro-batch of a pipeline has 2 rows.
+ROWS, ACCUMULATION = 16, 2
+# As those of most data do, rows differ: mlx-lm fills a batch up to its longest. And rows of one length, where nothing is filled up.
+VARIED, EVEN = (64, 192), (128, 128)
 # The first report has the first calls of all kernels in it and is left out.
 REPORTS = 3
 
@@ -51,17 +53,18 @@ class Measured:
 
 def train(rounds: int) -> None:
     """The same job by mlx-lm, by one worker, and by two in both ways; then the memory of stages where weights are most of it."""
-    theirs_to_one, pipeline, data, memory = [], [], [], []
+    even, varied, pipeline, data, memory = [], [], [], [], []
     with tempfile.TemporaryDirectory() as scratch, cluster(1) as one, cluster(2) as two:
         scratch = Path(scratch)
-        speed = settings(scratch, "training", ROWS, ACCUMULATION, REPORTS)
+        job, even_job = (settings(scratch, "training", ROWS, ACCUMULATION, REPORTS, tokens) for tokens in (VARIED, EVEN))
         for _ in range(rounds):
-            theirs = by_mlx_lm(speed, scratch)
-            ours = by_cluster(one, speed, "auto", scratch).tokens_per_second
-            split = by_cluster(two, speed, "pipeline", scratch).tokens_per_second
-            copies = by_cluster(two, speed, "data", scratch).tokens_per_second
+            even.append(by_cluster(one, even_job, "auto", scratch).tokens_per_second / by_mlx_lm(even_job, scratch))
+            theirs = by_mlx_lm(job, scratch)
+            ours = by_cluster(one, job, "auto", scratch).tokens_per_second
+            split = by_cluster(two, job, "pipeline", scratch).tokens_per_second
+            copies = by_cluster(two, job, "data", scratch).tokens_per_second
             print(f"  tokens/s: mlx_lm.lora {theirs:.0f}, one worker {ours:.0f}, pipeline of two {split:.0f}, two replicas {copies:.0f}", flush=True)
-            theirs_to_one.append(ours / theirs)
+            varied.append(ours / theirs)
             pipeline.append(split / ours)
             data.append(copies / ours)
         heavy = settings(scratch, "wide-layers", 1, 1, 2)
@@ -70,7 +73,8 @@ def train(rounds: int) -> None:
         for worker, peak in sorted(stages.items()):
             print(f"  {worker}: peak {peak:.3f} GB of MLX's memory as a stage, alone {alone:.3f} GB")
             memory.append(peak / alone)
-    row("training, tokens/s, one worker / mlx_lm.lora", theirs_to_one, 1.0)
+    row("training on rows of one length, tokens/s, one worker / mlx_lm.lora", even, 1.0)
+    row("training on rows that differ, tokens/s, one worker / mlx_lm.lora", varied, 1.0)
     row("training, tokens/s, pipeline of two workers / one", pipeline, 1.6)
     row("training, tokens/s, two replicas / one worker", data, 1.8)
     row("training, peak memory of a stage of two / one worker", memory, 0.6, at_most=True)
@@ -95,13 +99,12 @@ def cluster(workers: int):
         yield url
 
 
-def settings(scratch: Path, model: str, rows: int, accumulation: int, reports: int) -> dict:
+def settings(scratch: Path, model: str, rows: int, accumulation: int, reports: int, row_tokens: tuple[int, int] = VARIED) -> dict:
     """A job of mlx-lm's keys."""
-    folder = scratch / f"data-{model}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     rng = random.Random(1)
     # One token a character. With as many rows as a report has, each is over the same ones.
-    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(*ROW_TOKENS))) for _ in range(accumulation * rows)]
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(*row_tokens))) for _ in range(accumulation * rows)]
     for name in ("train", "valid"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {

@@ -22,7 +22,7 @@ pub use fuse::{FuseError, FusePlan};
 pub use matrices::{MatrixKind, ModelMatrix};
 pub use modules::{Module, ModuleShape, TrainedError};
 pub use optimizer::Optimizer;
-pub use plan::{PIECE_TOKENS_MIN, TrainingPlan};
+pub use plan::{MICRO_TOKENS_MIN, PIECE_TOKENS_MIN, TrainingPlan};
 pub use role::{Parallel, TrainingRole};
 pub use schedule::{Decay, Schedule, Warmup};
 pub use strategy::TrainStrategy;

@@ -5,9 +5,11 @@ use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Work is not cut into pieces of fewer tokens than this, be it micro-batches of a pipeline or the parts of replicas: smaller products do not keep a
-/// matrix unit busy, and take about as long.
+/// A batch of fewer tokens than this is not cut at all, and replicas do not get fewer of one: smaller products do not keep a matrix unit busy, and
+/// take about as long.
 pub const PIECE_TOKENS_MIN: u32 = 512;
+/// Micro-batches of a pipeline have about as many tokens at least: what they lose in products, they win by shorter waits at both ends of an update.
+pub const MICRO_TOKENS_MIN: u32 = 256;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingPlan {

@@ -1,7 +1,8 @@
 //! In which order a stage takes micro-batches forward and backward.
 
 /// One forward, one backward (PipeDream-Flush, Narayanan et al., arXiv 2006.09503, section 3.2): a stage runs ahead by as many micro-batches as there
-/// are stages after it, then takes one back for each that it takes on. So it keeps what few of them need, and none waits where none has to.
+/// are stages after it and one more, then takes one back for each that it takes on. So it keeps what few of them need, and none waits where none has
+/// to; the one more is for micro-batches that differ, of which the next stage would wait for a large one while it has a small one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
     Forward(usize),
@@ -13,7 +14,7 @@ pub(super) fn turns(n: usize, stages_after: usize) -> Vec<Turn> {
     if stages_after == 0 {
         return (0..n).map(Turn::Forward).collect();
     }
-    let ahead = stages_after.min(n);
+    let ahead = (stages_after + 1).min(n);
     let mut turns: Vec<Turn> = (0..ahead).map(Turn::Forward).collect();
     for i in ahead..n {
         turns.extend([Turn::Forward(i), Turn::Backward(i - ahead)]);
@@ -25,6 +26,11 @@ pub(super) fn turns(n: usize, stages_after: usize) -> Vec<Turn> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As the planner reckons.
+    fn kept_max(n: usize, after: usize) -> usize {
+        if after == 0 { 1 } else { n.min(after + 2) }
+    }
 
     #[test]
     fn a_stage_keeps_no_more_than_the_stages_from_it_on() {
@@ -46,7 +52,7 @@ mod tests {
                 assert!(backward <= forward);
             }
             assert_eq!((forward, backward), (n, n));
-            assert!(most as usize <= after + 1, "{n} micro-batches, {after} stages after: {most} held");
+            assert!(most as usize <= kept_max(n, after), "{n} micro-batches, {after} stages after: {most} held");
         }
     }
 

@@ -15,12 +15,14 @@ use mlx_cluster_common::{
     plan::{Rank, Stage},
     spec::{ModelSpec, Part},
     tensor::{TensorPlace, rank_model},
-    training::{PIECE_TOKENS_MIN, Parallel},
+    training::{MICRO_TOKENS_MIN, PIECE_TOKENS_MIN, Parallel},
     units::Bytes,
     weights::WeightMap,
 };
 use std::{collections::BTreeMap, ops::Range};
 
+/// With more, the last bit of waiting is not worth the smaller products.
+const MICRO_BATCHES_A_STAGE: u32 = 4;
 /// With every node filled less than this, time decides about the cuts; else memory may.
 const ROOMY: f64 = 0.95;
 
@@ -79,10 +81,19 @@ impl<'a> Layouts<'a> {
         let stages: Vec<Vec<usize>> = places.chunks(n_replicas).map(|stage| self.fastest_first(stage)).collect();
         let rows = deal(self.options.batch_size, &self.speeds(&stages));
         let most = rows.iter().copied().max()?;
-        // So that each stage has something to do: half of a pipeline's micro-batches are on the way forward.
-        let wished = if n_stages > 1 { most.div_ceil(2 * n_stages as u32) } else { most };
-        let wished = wished.max(self.piece_rows());
+        let wished = if n_stages > 1 { self.micro_rows(most, n_stages as u32) } else { most };
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
+    }
+
+    /// Rows of a micro-batch of a pipeline, of so many in a batch. While its first one goes to the last stage and the last one comes back, stages
+    /// wait: in all for the time of `stages - 1` micro-batches.
+    fn micro_rows(&self, rows: u32, stages: u32) -> u32 {
+        let whole = self.piece_rows();
+        if rows <= whole {
+            return whole;
+        }
+        let least = MICRO_TOKENS_MIN.div_ceil(self.options.tokens_per_row().max(1));
+        rows.div_ceil(MICRO_BATCHES_A_STAGE * stages).max(least).min(rows)
     }
 
     /// Rows that are not cut into smaller pieces, as far as a batch has them: a replica may get all of a small batch.
@@ -258,9 +269,11 @@ impl<'a> Layouts<'a> {
 }
 
 impl Seat<'_> {
-    /// Micro-batches that a stage with so many stages from it to the end keeps: it goes back as soon as one can.
+    /// Micro-batches that a stage with so many stages from it to the end keeps: the last one goes back at once, others run ahead by one more than
+    /// there are stages after them.
     fn in_flight(&self, stages_to_come: usize) -> u64 {
-        self.micro_batches.min(stages_to_come as u64).max(1)
+        let most = if stages_to_come > 1 { stages_to_come as u64 + 1 } else { 1 };
+        self.micro_batches.clamp(1, most)
     }
 }
 
