@@ -82,7 +82,7 @@ ask() { # ask MODEL QUESTION
 
 percent_exact() { # percent_exact MODEL: of the held-out questions, how many are answered word for word
   within 300 "$binary" evaluate --data "$scratch/data" --limit $questions --max-tokens 100 --json --model "$1" >"$scratch/measured.json" || return 1
-  python3 -c 'import json, sys; print(f"{100 * json.load(open(sys.argv[1]))["exact_match"]:.1f}")' "$scratch/measured.json"
+  python3 -c 'import json, sys; print("%.1f" % (100 * json.load(open(sys.argv[1]))["exact_match"]))' "$scratch/measured.json"
 }
 
 say "Questions and answers, of which a tenth of the pairs of numbers is held out"
