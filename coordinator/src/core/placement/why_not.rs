@@ -68,6 +68,11 @@ pub enum WhyNot {
     )]
     WholeMatrices,
     #[error(
+        "factors of `{path}` are those of the head too, and the two would be on different stages: leave it out of the lora keys, or take --strategy \
+         data or tensor"
+    )]
+    SharedEmbedding { path: String },
+    #[error(
         "a batch of {batch_size} rows is too small for {replicas} replicas: give each a row with a larger --batch-size, or take --strategy pipeline"
     )]
     TooFewRows { batch_size: u32, replicas: usize },
@@ -115,6 +120,7 @@ impl WhyNot {
                 | WhyNot::NothingTrained
                 | WhyNot::SplitIsForPipelines { .. }
                 | WhyNot::WholeMatrices
+                | WhyNot::SharedEmbedding { .. }
                 | WhyNot::TooFewRows { .. }
         )
     }

@@ -155,6 +155,7 @@ impl Planner<'_> {
             Kind::Single if self.min_workers() > 1 => None,
             Kind::Single => Some(alone()),
             _ if n < 2 => None,
+            Kind::Pipeline if self.layouts.shares_embedding() => Some("factors of the embedding are the head's too".to_owned()),
             Kind::Pipeline => (all.end > 1).then(|| "does not fit".to_owned()),
             Kind::Replicas if rows < 2 => Some("a batch of one row is for one replica".to_owned()),
             Kind::Replicas => Some(alone()),

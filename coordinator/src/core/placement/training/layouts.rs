@@ -75,6 +75,9 @@ impl<'a> Layouts<'a> {
     /// `cuts`: the layers of each stage as told.
     pub(super) fn grid(&self, places: &[usize], n_stages: usize, cuts: Option<&[Range<u32>]>) -> Option<Trial> {
         let n_replicas = places.len().checked_div(n_stages)?;
+        if n_stages > 1 && self.shares_embedding() {
+            return None;
+        }
         if n_replicas == 0 || n_replicas * n_stages != places.len() || n_replicas > self.options.batch_size as usize {
             return None;
         }
@@ -83,6 +86,11 @@ impl<'a> Layouts<'a> {
         let most = rows.iter().copied().max()?;
         let wished = if n_stages > 1 { self.micro_rows(most, n_stages as u32) } else { most };
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
+    }
+
+    /// Whether the first stage and the last one would train the same numbers, each with a part of their gradient.
+    pub(super) fn shares_embedding(&self) -> bool {
+        self.spec.head.may_be_tied() && !self.options.role.trained(self.spec, self.map, Part::Embedding).is_empty()
     }
 
     /// Rows of a micro-batch of a pipeline, of so many in a batch. While its first one goes to the last stage and the last one comes back, stages
@@ -269,12 +277,16 @@ impl<'a> Layouts<'a> {
 }
 
 impl Seat<'_> {
-    /// Micro-batches that a stage with so many stages from it to the end keeps: the last one goes back at once, others run ahead by one more than
-    /// there are stages after them.
     fn in_flight(&self, stages_to_come: usize) -> u64 {
-        let most = if stages_to_come > 1 { stages_to_come as u64 + 1 } else { 1 };
-        self.micro_batches.clamp(1, most)
+        in_flight(stages_to_come, self.micro_batches)
     }
+}
+
+/// Of so many micro-batches those that a stage keeps, with so many stages from it to the end: the last one goes back at once, others run ahead by
+/// one more than there are stages after them.
+pub(super) fn in_flight(stages_to_come: usize, micro_batches: u64) -> u64 {
+    let most = if stages_to_come > 1 { stages_to_come as u64 + 1 } else { 1 };
+    micro_batches.clamp(1, most)
 }
 
 fn rank(costs: &RankCosts, candidate: &Candidate<'_>, layers: &Range<u32>, micro: &Micro, in_flight: u64, share: u32) -> Rank {

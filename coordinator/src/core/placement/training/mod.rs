@@ -9,7 +9,7 @@ mod tests;
 
 use super::{Candidate, NodeMemory, Reckoned, WhyNot, by_capability, check_split, check_whole, costs::activation_dtype, machines::Ways};
 use choice::{Choice, Way};
-use layouts::{Layouts, Trial};
+use layouts::{Layouts, Trial, in_flight};
 use memory::RankCosts;
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
@@ -210,6 +210,9 @@ impl Planner<'_> {
 
     fn does_not_fit(&self) -> WhyNot {
         let (layouts, all) = (&self.layouts, 0..self.layouts.spec.n_layers());
+        if self.layouts.shares_embedding() && self.options().strategy == TrainStrategy::Pipeline {
+            return WhyNot::SharedEmbedding { path: layouts.spec.embedding.path.clone() };
+        }
         let tokens = self.options().tokens_per_row();
         let nodes = self.nodes().iter().map(|Candidate { node, .. }| NodeMemory { name: node.name.clone(), usable: node.usable_memory });
         WhyNot::TrainingDoesNotFit {
@@ -225,10 +228,13 @@ impl Planner<'_> {
 
     /// Names the first worker for which one row is too much.
     fn told_does_not_fit(&self, cuts: &[Range<u32>]) -> WhyNot {
+        if cuts.len() > 1 && self.layouts.shares_embedding() {
+            return WhyNot::SharedEmbedding { path: self.layouts.spec.embedding.path.clone() };
+        }
         let (tokens, whole) = (self.options().tokens_per_row(), self.layouts.whole);
         let micro = whole.micro(1, tokens);
         for ((number, layers), candidate) in cuts.iter().enumerate().zip(self.nodes()) {
-            let in_flight = (cuts.len() - number).min(self.options().batch_size as usize) as u64;
+            let in_flight = in_flight(cuts.len() - number, self.options().batch_size.into());
             let needed = Bytes(whole.needed(layers, &micro, in_flight));
             let usable = candidate.node.usable_memory;
             if needed > usable {

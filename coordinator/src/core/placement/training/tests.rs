@@ -241,6 +241,24 @@ fn whole_parameters_are_trained_whole() {
 }
 
 #[test]
+fn factors_of_an_embedding_that_is_the_head_too_stay_on_one_stage() {
+    let nodes = [mac("a", 8, 100.0, 4.0), mac("b", 8, 100.0, 4.0)];
+    let with = |tied, strategy, split: Option<Vec<u32>>| {
+        let (spec, map) = model(8, 512, tied);
+        let keys = Some(["self_attn.q_proj".to_owned(), spec.embedding.path.clone()].into());
+        let mut options = TrainingOptions { min_workers: 2, split, ..options(strategy) };
+        options.role.fine_tune = FineTune::Lora(LoraParameters { rank: 8, scale: 20.0, dropout: 0.0, keys });
+        plan_training(&spec, &map, &nodes, &[], &options)
+    };
+    let refused = Err(WhyNot::SharedEmbedding { path: "model.embed_tokens".into() });
+    assert_eq!(with(true, TrainStrategy::Pipeline, None), refused);
+    assert_eq!(with(true, TrainStrategy::Auto, Some(vec![4, 4])), refused);
+    let auto = with(true, TrainStrategy::Auto, None).expect("replicas or a group");
+    assert!(auto.stages.len() == 1 && auto.to_string().contains("not a pipeline: factors of the embedding are the head's too"), "{auto}");
+    assert_eq!(with(false, TrainStrategy::Pipeline, None).expect("a head of its own").stages.len(), 2);
+}
+
+#[test]
 fn unmeasured_workers_are_as_few_as_hold_it() {
     let (spec, map) = model(8, 1024, false);
     let with = |gigabytes: f64| {
