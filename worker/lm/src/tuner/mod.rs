@@ -1,6 +1,7 @@
 //! Fine-tuning: what a stage does with micro-batches, losses, optimizers, and the random numbers that training draws.
 
 mod batch;
+mod buckets;
 mod load;
 pub mod losses;
 pub mod optimizers;

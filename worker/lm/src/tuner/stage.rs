@@ -5,6 +5,7 @@
 
 use super::{
     batch::Lot,
+    buckets::summed,
     load::{Magnitudes, magnitude},
     losses::cross_entropy,
     optimizers::Updates,
@@ -30,9 +31,6 @@ use std::{
     ops::Range,
     rc::Rc,
 };
-
-/// Numbers of a bucket that is added up over replicas at once; 32 MiB of f32, as in mlx-lm.
-const BUCKET: usize = 8 << 20;
 
 /// Consecutive layers that are differentiated together.
 pub struct Segment {
@@ -476,33 +474,4 @@ struct Differentiated {
 fn read(loss: &Array) -> Result<f32, LmError> {
     transforms::eval([loss])?;
     loss.try_item_exact::<f32>().map_err(|error| LmError::Mlx(format!("a loss cannot be read: {error}")))
-}
-
-/// Gradients of all ranks together, in buckets.
-fn summed(group: &Group, gradients: BTreeMap<String, Array>) -> Result<BTreeMap<String, Array>, LmError> {
-    let mut buckets: Vec<Vec<(String, Array)>> = Vec::new();
-    let mut room = 0;
-    for (name, gradient) in gradients {
-        let fits = buckets.last().and_then(|bucket| bucket.first()).is_some_and(|(_, first)| first.dtype() == gradient.dtype());
-        if gradient.size() > room || !fits {
-            buckets.push(Vec::new());
-            room = BUCKET;
-        }
-        room = room.saturating_sub(gradient.size());
-        if let Some(bucket) = buckets.last_mut() {
-            bucket.push((name, gradient));
-        }
-    }
-    let mut all = BTreeMap::new();
-    for bucket in buckets {
-        let flat = bucket.iter().map(|(_, gradient)| gradient.reshape(&[-1])).collect::<Result<Vec<_>, _>>()?;
-        let sum = group.all_sum(&ops::concatenate(&flat, 0)?)?;
-        let mut at = 0;
-        for (name, gradient) in bucket {
-            let own = crate::ffi::slice(&sum, &[at], &[at + gradient.size() as i32])?;
-            at += gradient.size() as i32;
-            all.insert(name, own.reshape(gradient.shape())?);
-        }
-    }
-    Ok(all)
 }

@@ -219,7 +219,12 @@ async fn give_reports(
             },
             _ = ticks.tick() => wire::TrainReport { report: Some(Report::Progress(*progress.borrow())) },
         };
-        if outbound.send(Ok(report)).await.is_err() {
+        // A coordinator that hangs takes nothing; the next epoch frees the thread that waits to report.
+        let sent = tokio::select! {
+            () = cancelled.cancelled() => return,
+            sent = outbound.send(Ok(report)) => sent,
+        };
+        if sent.is_err() {
             return;
         }
     }

@@ -84,7 +84,8 @@ impl<'a> Layouts<'a> {
         let stages: Vec<Vec<usize>> = places.chunks(n_replicas).map(|stage| self.fastest_first(stage)).collect();
         let rows = deal(self.options.batch_size, &self.speeds(&stages));
         let most = rows.iter().copied().max()?;
-        let wished = if n_stages > 1 { self.micro_rows(most, n_stages as u32) } else { most };
+        // A replica may get all of a small batch.
+        let wished = if n_stages > 1 { self.micro_rows(most, n_stages as u32) } else { most.max(self.piece_rows()) };
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
     }
 

@@ -241,6 +241,21 @@ fn whole_parameters_are_trained_whole() {
 }
 
 #[test]
+fn small_batches_are_not_cut() {
+    let (spec, map) = model(8, 512, false);
+    let nodes = [mac("a", 8, 100.0, 4.0), mac("b", 8, 100.0, 4.0)];
+    let rows = |strategy, batch_size, tokens| {
+        let options = TrainingOptions { min_workers: 2, batch_size, tokens_per_row_max: Some(tokens), ..options(strategy) };
+        training(&plan_training(&spec, &map, &nodes, &[], &options).expect("fits")).micro_batch_rows
+    };
+    for strategy in [TrainStrategy::Data, TrainStrategy::Pipeline] {
+        assert_eq!(rows(strategy, 4, 100), 4, "{strategy}: 400 tokens");
+    }
+    assert_eq!(rows(TrainStrategy::Data, 16, 128), 8, "as many as are dealt to a replica");
+    assert_eq!((rows(TrainStrategy::Pipeline, 16, 128), rows(TrainStrategy::Pipeline, 16, 48)), (2, 6), "256 tokens at least");
+}
+
+#[test]
 fn factors_of_an_embedding_that_is_the_head_too_stay_on_one_stage() {
     let nodes = [mac("a", 8, 100.0, 4.0), mac("b", 8, 100.0, 4.0)];
     let with = |tied, strategy, split: Option<Vec<u32>>| {
