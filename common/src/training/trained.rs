@@ -41,6 +41,11 @@ impl TrainingRole {
         self.fine_tune == FineTune::Full
     }
 
+    /// Whether the first stage and the last one would train the same numbers, each with a part of their gradient.
+    pub fn trains_tied_embedding(&self, spec: &ModelSpec, map: &WeightMap) -> bool {
+        spec.head.may_be_tied() && !self.trained(spec, map, Part::Embedding).is_empty()
+    }
+
     /// The first layer that has to be gone through on the way back; the number of layers where none has.
     pub fn first_trained_layer(&self, spec: &ModelSpec, map: &WeightMap) -> u32 {
         let is_trained = |part: Part| !self.trained(spec, map, part).is_empty();

@@ -19,7 +19,6 @@ use exchange::Passages;
 use mlx_cluster_common::{
     engine::EngineSpec,
     ids::Epoch,
-    spec::Part,
     tensor::{TensorPlace, check_cover, rank_model},
     training::{Parallel, TrainingRole},
 };
@@ -67,8 +66,9 @@ fn load(boot: &Boot, role: &TrainingRole) -> Result<Loaded, String> {
         return Err(missing);
     }
     let Opened { spec, index, map } = Opened::open(boot)?;
-    let trained = spec.trained(&map, &role.fine_tune, role.num_layers).map_err(|error| error.to_string())?;
-    if own.n_stages > 1 && spec.head.may_be_tied() && trained.contains_key(&Part::Embedding) {
+    spec.trained(&map, &role.fine_tune, role.num_layers).map_err(|error| error.to_string())?;
+    // The planner makes no such plan.
+    if own.n_stages > 1 && role.trains_tied_embedding(&spec, &map) {
         return Err(format!(
             "factors of `{}` are those of the head too, and the two would be on different stages: leave it out of `keys`, or take --strategy data",
             spec.embedding.path

@@ -89,9 +89,9 @@ impl<'a> Layouts<'a> {
         halves(wished).find_map(|micro_rows| self.seated(&stages, &rows, micro_rows, cuts))
     }
 
-    /// Whether the first stage and the last one would train the same numbers, each with a part of their gradient.
+    /// Whether the model has to be on one stage, for its embedding is trained and is the head too.
     pub(super) fn shares_embedding(&self) -> bool {
-        self.spec.head.may_be_tied() && !self.options.role.trained(self.spec, self.map, Part::Embedding).is_empty()
+        self.options.role.trains_tied_embedding(self.spec, self.map)
     }
 
     /// Rows of a micro-batch of a pipeline, of so many in a batch. While its first one goes to the last stage and the last one comes back, stages
