@@ -172,8 +172,8 @@ fn own_part(site: &Place, kind: Kind, a: Array, b: Array, magnitude: Option<Arra
 /// Whether factors fit to the matrix that is here.
 fn check(path: &str, kind: Kind, matrix: &Matrix, a: &Array, b: &Array, magnitude: Option<&Array>) -> Result<(), LmError> {
     let (mut shape, rank) = (matrix.shape(), a.dim(-1));
-    let (output, input) = (shape.pop().unwrap_or_default(), shape.pop().unwrap_or_default());
-    let (input, output) = (output, input);
+    // The last one first.
+    let (input, output) = (shape.pop().unwrap_or_default(), shape.pop().unwrap_or_default());
     let (wanted_a, wanted_b, magnitudes) = match kind {
         Kind::Linear => (vec![input, rank], vec![rank, output], output),
         Kind::Experts => ([&shape[..], &[input, rank]].concat(), [&shape[..], &[rank, output]].concat(), 0),
