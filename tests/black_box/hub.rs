@@ -13,7 +13,7 @@ fn a_repository_is_fetched_once_and_served_over_two_workers() {
     let home = tempfile::tempdir().unwrap();
     let setup = || {
         let setup = Setup::new(REPO, 2).environment("HF_ENDPOINT", hub.endpoint()).environment("HF_HOME", cache.path());
-        setup.environment("MLX_CLUSTER_HOME", home.path())
+        setup.home(home.path())
     };
     let mut cluster = setup().start();
     cluster.wait_until_ready();

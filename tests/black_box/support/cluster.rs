@@ -30,13 +30,24 @@ pub(crate) struct Setup {
     pub(crate) coordinator_args: Vec<String>,
     pub(crate) worker_args: Vec<String>,
     pub(crate) environment: Vec<(String, OsString)>,
-    own_homes: bool,
+    homes: Homes,
+}
+
+/// Where workers keep who they are and what they fetched.
+enum Homes {
+    /// In one folder with the workers of all tests, so that this machine is measured once. Which of its identities, and so which weight
+    /// store, a worker gets depends on what runs beside it.
+    OfAllTests,
+    /// Each in a folder of its own.
+    Own,
+    /// In one folder that the test keeps for clusters that follow each other.
+    Kept(PathBuf),
 }
 
 impl Setup {
     pub(crate) fn new(model: impl AsRef<Path>, n_workers: usize) -> Self {
         let model = Some(model.as_ref().into());
-        Self { model, n_workers, coordinator_args: Vec::new(), worker_args: Vec::new(), environment: Vec::new(), own_homes: false }
+        Self { model, n_workers, coordinator_args: Vec::new(), worker_args: Vec::new(), environment: Vec::new(), homes: Homes::OfAllTests }
     }
 
     /// Its coordinator starts without a model.
@@ -56,8 +67,14 @@ impl Setup {
 
     /// Each worker has a data folder and a cache of its own, as on machines of their own.
     pub(crate) fn own_homes(mut self) -> Self {
-        self.own_homes = true;
+        self.homes = Homes::Own;
         self
+    }
+
+    /// All processes have this data folder, which no other test's have.
+    pub(crate) fn home(mut self, home: &Path) -> Self {
+        self.homes = Homes::Kept(home.to_owned());
+        self.environment("MLX_CLUSTER_HOME", home)
     }
 
     pub(crate) fn environment(mut self, name: &str, value: impl Into<OsString>) -> Self {
@@ -105,17 +122,18 @@ impl Cluster {
 
     pub(crate) fn start_worker(&mut self, name: &str) {
         let mut command = self.command(name, &["worker", "--cluster", &self.name, "--name", name, "--listen", "127.0.0.1:0"]);
-        // So that this machine is measured once for all tests.
-        let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers");
-        if self.setup.own_homes {
-            let own = self.home.path().join(name);
-            std::fs::create_dir_all(&own).unwrap();
+        let of_all_tests = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workers");
+        let home = match &self.setup.homes {
+            Homes::OfAllTests => of_all_tests.clone(),
+            Homes::Own => self.home.path().join(name),
+            Homes::Kept(home) => home.clone(),
+        };
+        if home != of_all_tests {
+            std::fs::create_dir_all(&home).unwrap();
             // Where nothing was measured yet, the worker measures.
-            drop(std::fs::copy(shared.join("measurement.json"), own.join("measurement.json")));
-        } else {
-            command.env("MLX_CLUSTER_HOME", shared);
+            drop(std::fs::copy(of_all_tests.join("measurement.json"), home.join("measurement.json")));
         }
-        command.args(&self.setup.worker_args);
+        command.env("MLX_CLUSTER_HOME", home).args(&self.setup.worker_args);
         self.processes.insert(name.to_owned(), Process::start(name, &mut command));
     }
 
