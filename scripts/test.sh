@@ -45,7 +45,7 @@ step 'training' "$python" tests/parity/training/losses.py
 step 'training of every architecture' "$python" tests/parity/training/losses.py --architectures --first
 step 'adapters of requests' "$python" tests/parity/training/serving.py
 step 'parity with mlx-lm' "$python" tests/parity/parity.py
-step 'training kills' "$python" tests/training/kills.py --kills 4
+step 'training kills' "$python" tests/training/kills.py --kills 6
 step 'fused models' "$python" tests/parity/training/fuse.py
 step 'evaluation' "$python" tests/parity/training/evaluate.py
 step 'sameness' "$python" tests/parity/sameness.py

@@ -48,11 +48,15 @@ class Layout:
     workers: int
     strategy: str
     accumulation: int
+    fine_tune: str = "lora"
+    # Sums over other ranks are rounded otherwise, so a job that goes on with fewer workers has other bits. An engine comes back to the same ranks.
+    victims: tuple[str, ...] = tuple(VICTIMS)
 
 
 LAYOUTS = [
     Layout("pipeline", 2, "pipeline", 2),
     Layout("data", 2, "data", 1),
+    Layout("split matrices", 2, "tensor", 2, "full", ("engine",)),
     Layout("one worker", 1, "auto", 2),
     Layout("pipeline, no accumulation", 2, "pipeline", 1),
 ]
@@ -129,7 +133,7 @@ class Cluster(Processes):
     def begin(self, adapter: str) -> "Job":
         settings = {
             "model": str(self.model), "data": str(self.data), "adapter_path": str(self.folder / adapter), "train": True, "test": True,
-            "num_layers": -1, "batch_size": 4, "iters": ITERATIONS, "save_every": SAVE_EVERY, "steps_per_report": 1, "steps_per_eval": 9,
+            "fine_tune_type": self.layout.fine_tune, "num_layers": -1, "batch_size": 4, "iters": ITERATIONS, "save_every": SAVE_EVERY, "steps_per_report": 1, "steps_per_eval": 9,
             "val_batches": 2, "learning_rate": 1e-3, "optimizer": "adamw", "mask_prompt": True, "seed": 11,
             "grad_accumulation_steps": self.layout.accumulation,
             "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1},
@@ -327,17 +331,20 @@ def main() -> None:
     draw, report = random.Random(args.seed), Report()
     layouts = [layout for layout in LAYOUTS if args.layout in (None, layout.name)]
     layouts = layouts[:1] if args.stop else layouts[: (args.kills + 1) // 2]
-    # Each of the three comes as often as the others.
-    victims = iter([victim for _ in range(2 * args.kills) for victim in draw.sample(VICTIMS, len(VICTIMS))])
     with tempfile.TemporaryDirectory() as folder:
-        model = build(Case("tiny", config("qwen3", head_dim=16, num_hidden_layers=4), AFFINE4), Path(folder) / "model", 3)
-        settings = json.loads((model / "tokenizer_config.json").read_text())
-        (model / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|special_1|>"}))
+        models = {}
+        for fine_tune, quantization in [("lora", AFFINE4), ("full", None)]:
+            model = build(Case("tiny", config("qwen3", head_dim=16, num_hidden_layers=4), quantization), Path(folder) / fine_tune, 3)
+            settings = json.loads((model / "tokenizer_config.json").read_text())
+            (model / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|special_1|>"}))
+            models[fine_tune] = model
         (Path(folder) / "data").mkdir()
         data = chats(Path(folder) / "data")
         for number, layout in enumerate(layouts):
-            with Cluster(layout, model, data) as cluster:
+            with Cluster(layout, models[layout.fine_tune], data) as cluster:
                 kills = Kills(cluster, draw)
+                # Each of them comes as often as the others.
+                victims = (victim for _ in range(2 * args.kills) for victim in draw.sample(layout.victims, len(layout.victims)))
                 print(f"{layout.name}: a whole job took {kills.seconds:.1f} s", flush=True)
                 if args.stop:
                     report.check("an engine of the last stage stops for ever", kills.stop, "worker1", None)

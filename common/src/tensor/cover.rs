@@ -1,9 +1,9 @@
 //! The proof that the ranks of a group have every entry of every parameter.
 
 use super::{
-    Cut, Split, TensorPlace,
+    Cut, Split,
+    holdings::splits,
     select::{Selection, Selections},
-    splitter::Splitter,
 };
 use crate::{
     spec::{ModelSpec, Part},
@@ -25,15 +25,7 @@ pub enum CoverError {
 
 /// Checks that each entry of each parameter of these parts is on a rank, and, where the ranks' outputs are added up, on exactly one.
 pub fn check_cover(spec: &ModelSpec, whole: &WeightMap, parts: &[Part], shares: &[u32]) -> Result<(), CoverError> {
-    let places: Vec<_> = (0..shares.len() as u32).map(|rank| TensorPlace { rank, shares: shares.to_vec() }).collect();
-    let splits: Vec<Split> = places
-        .iter()
-        .map(|place| {
-            let mut splitter = Splitter::new(spec, whole, place);
-            splitter.split();
-            splitter.split
-        })
-        .collect();
+    let splits = splits(spec, whole, shares);
     for part in parts {
         let selections = Selections::new(spec, whole, *part);
         for parameter in whole.parts.get(part).into_iter().flatten() {

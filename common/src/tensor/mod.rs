@@ -7,12 +7,14 @@
 mod attention;
 mod cover;
 mod feed_forward;
+mod holdings;
 mod recurrent;
 mod select;
 mod shares;
 mod splitter;
 
 pub use cover::{CoverError, check_cover};
+pub use holdings::{Holdings, holdings};
 
 use crate::{
     published::PublishedError,

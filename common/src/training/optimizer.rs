@@ -49,6 +49,14 @@ impl Optimizer {
         }
     }
 
+    /// Whether each number is updated by itself, whatever stands beside it in its matrix.
+    pub fn is_by_number(&self) -> bool {
+        match self {
+            Optimizer::Adam { .. } | Optimizer::AdamW { .. } | Optimizer::Sgd { .. } => true,
+            Optimizer::Adafactor(_) | Optimizer::Muon { .. } => false,
+        }
+    }
+
     /// How many numbers are remembered of a parameter of this shape.
     pub fn state_numbers(&self, shape: &[u64]) -> u64 {
         let numbers = |shape: &[u64]| shape.iter().copied().fold(1, u64::saturating_mul);

@@ -36,11 +36,6 @@ impl TrainingRole {
         trained_of(spec, map, part, &self.fine_tune, self.num_layers)
     }
 
-    /// Whether matrices have to be whole on every rank: factors are, whatever the matrix beside them is; whole parameters are not trained in parts.
-    pub fn needs_whole_matrices(&self) -> bool {
-        self.fine_tune == FineTune::Full
-    }
-
     /// Whether the first stage and the last one would train the same numbers, each with a part of their gradient.
     pub fn trains_tied_embedding(&self, spec: &ModelSpec, map: &WeightMap) -> bool {
         spec.head.may_be_tied() && !self.trained(spec, map, Part::Embedding).is_empty()

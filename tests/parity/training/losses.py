@@ -1,6 +1,6 @@
 """Does a stage learn what mlx-lm learns? Losses of some steps and the parameters after them, whole, cut into stages, with checkpointing, and split.
 
-    python tests/parity/training/losses.py [--only TEXT] [--architectures] [--module base] [--seed N] [--verbose]
+    python tests/parity/training/losses.py [--only TEXT] [--architectures [--first] [--fine-tune lora|full] [--split]] [--module base] [--seed N] [--verbose]
 
 Works with the example `train` of the crate mlx-cluster-lm, in one process a model. Without `--architectures`: options of training on a few models; with
 it: default LoRA on every model type of the table, which also compares the names and shapes of all factors. Ends with `N passed, N failed`.
@@ -43,6 +43,9 @@ STEPS = 4
 LOSS, CHANGE = 2e-4, 1e-3
 LOSS_OF_RANKS, CHANGE_OF_RANKS = 2e-3, 5e-2
 ADAM = {"adam": {"betas": [0.9, 0.999], "eps": 1e-8, "bias_correction": False}}
+ADAFACTOR = {"adafactor": {"eps": [1e-30, 1e-3], "clip_threshold": 1.0, "decay_rate": -0.8, "beta_1": None, "weight_decay": 0.0, "scale_parameter": True,
+                           "relative_step": False, "warmup_init": False}}
+MUON = {"muon": {"momentum": 0.95, "weight_decay": 0.01, "nesterov": True, "ns_steps": 5}}
 LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": None}
 
 
@@ -63,6 +66,8 @@ class Settings:
     micro_rows: int | None = None
     model: Case = field(default_factory=lambda: Case("llama", FAMILIES["llama"]))
     shares: list[list[int]] = field(default_factory=lambda: [[1, 1]])
+    # First layers of stages after the first; None: whole, and cut once and twice.
+    cuts: list[list[int]] | None = None
 
 
 def qwen3_moe(quantization: dict | None = None) -> Case:
@@ -81,11 +86,16 @@ OPTIONS = [
     Settings("lora, four bits", model=Case("llama", FAMILIES["llama"], AFFINE4)),
     Settings("lora, experts", model=qwen3_moe()),
     Settings("lora, experts in four bits", model=qwen3_moe(AFFINE4)),
-    Settings("dora", fine_tune="dora"),
+    Settings("dora", fine_tune="dora", shares=[[1, 1], [2, 1]]),
     Settings("dora, four bits", fine_tune="dora", model=Case("llama", FAMILIES["llama"], AFFINE4)),
-    Settings("full", fine_tune="full", rate=1e-4, shares=[]),
-    Settings("full, last layer, experts", fine_tune="full", num_layers=1, rate=1e-4, model=qwen3_moe(), shares=[]),
-    Settings("full, checkpointed", fine_tune="full", rate=1e-4, checkpoint=True, shares=[]),
+    Settings("dora, embedding that is the head", fine_tune="dora", lora={"keys": ["self_attn.q_proj", "model.embed_tokens"]}, cuts=[[]]),
+    Settings("dora, embedding and head", fine_tune="dora", lora={"keys": ["self_attn.q_proj", "model.embed_tokens", "lm_head"]}, model=Case("mistral", FAMILIES["mistral"])),
+    Settings("full", fine_tune="full", rate=1e-4, shares=[[1, 1], [2, 1], [1, 1, 1, 1]]),
+    Settings("full, last layer, experts", fine_tune="full", num_layers=1, rate=1e-4, model=qwen3_moe()),
+    Settings("full, checkpointed", fine_tune="full", rate=1e-4, checkpoint=True),
+    Settings("full, accumulated", fine_tune="full", rate=1e-4, accumulation=2),
+    Settings("full, adafactor", fine_tune="full", optimizer=ADAFACTOR, rate=1e-4, shares=[[1, 1], [1, 1, 1, 1]]),
+    Settings("full, muon", fine_tune="full", optimizer=MUON, rate=1e-3, shares=[[1, 1], [1, 1, 1, 1]]),
     Settings("lora, sgd", optimizer={"sgd": {"momentum": 0.0, "weight_decay": 0.0, "dampening": 0.0, "nesterov": False}}, rate=1e-3),
 ]
 
@@ -131,7 +141,7 @@ def reference(folder: Path, settings: Settings, batches: list, start: Path) -> t
     before = {name: mx.array(value) for name, value in before.items()}
     mx.save_safetensors(str(start), before)
     (name, options), = settings.optimizer.items()
-    optimizer = {"adam": optim.Adam, "sgd": optim.SGD}[name](settings.rate, **options)
+    optimizer = {"adam": optim.Adam, "sgd": optim.SGD, "adafactor": optim.Adafactor, "muon": optim.Muon}[name](settings.rate, **options)
     step = nn.value_and_grad(model, default_loss)
     model.train()
     losses, sums = [], None
@@ -189,7 +199,8 @@ def distance(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
 
 def check_option(settings: Settings, folder: Path, seed: int, verbose: bool) -> str | None:
     build(settings.model, folder, seed)
-    return compare(folder, settings, 40, settings.model.config["vocab_size"], [[], [1], [2, 3]] if settings.model.config["num_hidden_layers"] > 3 else [[], [1]], settings.shares, seed, verbose)
+    usual = [[], [1], [2, 3]] if settings.model.config["num_hidden_layers"] > 3 else [[], [1]]
+    return compare(folder, settings, 40, settings.model.config["vocab_size"], settings.cuts or usual, settings.shares, seed, verbose)
 
 
 # mlx-lm turns dynamic RoPE by the length of a batch, we by a token's own position (docs/differences-from-mlx-lm.md); it cannot put factors beside the
@@ -197,10 +208,10 @@ def check_option(settings: Settings, folder: Path, seed: int, verbose: bool) -> 
 APART = ("dynamic rope", "gemma3n")
 
 
-def check_row(row: Row, folder: Path, seed: int, verbose: bool) -> str | None:
+def check_row(row: Row, folder: Path, fine_tune: str, split: bool, seed: int, verbose: bool) -> str | None:
     build_row(row, folder, seed, None, False)
-    settings = Settings("lora", rate=1e-4, lora={"scale": 1.0})
-    return compare(folder, settings, row.prompt_tokens, 250, [[], list(row.cuts[0])], [], seed, verbose)
+    settings = Settings(fine_tune, fine_tune=fine_tune, rate=1e-4, lora={"scale": 1.0})
+    return compare(folder, settings, row.prompt_tokens, 250, [[], list(row.cuts[0])], [[1, 1]] if split else [], seed, verbose)
 
 
 def main() -> None:
@@ -208,6 +219,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--architectures", action="store_true")
     parser.add_argument("--first", action="store_true", help="of each model type the first row alone")
+    parser.add_argument("--fine-tune", default="lora", choices=["lora", "full"], help="of architectures")
+    parser.add_argument("--split", action="store_true", help="architectures over two ranks that split matrices, too")
     parser.add_argument("--module", default="")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true")
@@ -220,7 +233,7 @@ def main() -> None:
                 is_wanted = not (args.first and row.model_type in seen) and not any(what in row.title for what in APART)
                 seen.add(row.model_type)
                 if args.only in row.title and is_wanted:
-                    report.check(row.title, check_row, row, Path(scratch) / str(number), args.seed + number, args.verbose)
+                    report.check(row.title, check_row, row, Path(scratch) / str(number), args.fine_tune, args.split, args.seed + number, args.verbose)
         else:
             for number, settings in enumerate(OPTIONS):
                 if args.only in settings.name:

@@ -89,14 +89,17 @@ fn run(mut stages: Vec<TrainedStage>, request: &Request, layout: Vec<u32>, numbe
             stage.update(batches.len() as u32)?;
         }
     }
+    let mut parameters: BTreeMap<String, Array> = BTreeMap::new();
+    for stage in &stages {
+        parameters.extend(stage.saved(false)?.parameters);
+    }
     if !prints {
         return Ok(());
     }
-    let parameters: BTreeMap<&String, &Array> = stages.iter().flat_map(|stage| stage.parameters()).collect();
-    let shapes = parameters.iter().map(|(name, array)| ((*name).clone(), array.shape().to_vec())).collect();
+    let shapes = parameters.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).collect();
     if let Some(save) = &request.save {
         Array::save_safetensors(
-            parameters.iter().map(|(name, array)| (name.as_str(), *array)),
+            parameters.iter().map(|(name, array)| (name.as_str(), array)),
             None,
             save.with_extension(format!("{number}.safetensors")),
         )?;

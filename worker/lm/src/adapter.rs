@@ -5,7 +5,7 @@
 //! factors and takes the entries that belong to its part of the matrix: so gradients, added up over the group, are those of whole factors,
 //! however a block is split.
 
-use crate::{error::LmError, ffi, group::Group, linear::Matrix, tuner::random, weights::Weights};
+use crate::{entries::entries, error::LmError, group::Group, linear::Matrix, tuner::random, weights::Weights};
 use mlx_cluster_common::tensor::Cut;
 use mlx_rs::{Array, ops, stop_gradient};
 use std::{ops::Range, rc::Rc};
@@ -138,7 +138,8 @@ impl LowRankStack {
     }
 }
 
-/// The factors of a table: `a` `[rows, rank]`, `b` `[rank, dims]`; `m` `[rows]`. Whole on every rank, as is what they add.
+/// The factors of a table: `a` `[rows, rank]`, `b` `[rank, dims]`; `m` `[rows]`. To rows that are looked up, which come from all ranks, the
+/// whole of them is added on every rank; to logits those of the rank's own rows.
 #[derive(Debug, Clone)]
 pub(crate) struct LowRankTable {
     path: Rc<str>,
@@ -146,6 +147,8 @@ pub(crate) struct LowRankTable {
     b: Array,
     magnitude: Option<Array>,
     adaption: Adaption,
+    /// The table's rows that are here, when others are on other ranks.
+    own: Option<Vec<Range<u32>>>,
 }
 
 impl LowRankTable {
@@ -156,7 +159,14 @@ impl LowRankTable {
         let (a, b) = (weights.take(&format!("{path}.lora_a"))?, weights.take(&format!("{path}.lora_b"))?);
         let name = format!("{path}.m");
         let magnitude = if weights.has(&name) { Some(weights.take(&name)?) } else { None };
-        Ok(Some(Self { path: path.into(), a, b, magnitude, adaption }))
+        let own = match weights.cut(path) {
+            Some(Cut::Output(ranges)) => Some(ranges),
+            None => None,
+            Some(Cut::Input(_) | Cut::Member(_)) => {
+                return Err(LmError::Adapter { path: path.into(), cause: "a table is split by its rows alone".into() });
+            }
+        };
+        Ok(Some(Self { path: path.into(), a, b, magnitude, adaption, own }))
     }
 
     /// `y` are the rows `ids` of the table.
@@ -174,17 +184,21 @@ impl LowRankTable {
         Ok(ops::multiply(gain.expand_dims(-1)?, out)?)
     }
 
-    /// `y` are the logits of `x` with the table as a head, of all rows.
+    /// `y` are the logits of `x` with the rank's rows of the table as a head, which are those of `matrix`.
     pub(crate) fn add_to_logits(&self, y: &Array, x: &Array, matrix: &Matrix) -> Result<Array, LmError> {
-        let z = ops::matmul(ops::matmul(self.dropped(x)?, self.b.t())?, self.a.t())?;
+        let a = self.own_rows(&self.a)?;
+        let z = ops::matmul(ops::matmul(self.dropped(x)?, self.b.t())?, a.t())?;
         let out = ops::add(y, scaled(&z, self.adaption.scale)?.as_dtype(x.dtype())?)?;
         let Some(magnitude) = &self.magnitude else { return Ok(out) };
-        let adapted = ops::add(matrix.dense()?, ops::matmul(scaled(&self.a, self.adaption.scale)?, &self.b)?)?;
-        let gain = ops::divide(magnitude, stop_gradient(norm_of_rows(&adapted)?)?)?;
+        let adapted = ops::add(matrix.dense()?, ops::matmul(scaled(&a, self.adaption.scale)?, &self.b)?)?;
+        let gain = ops::divide(self.own_rows(magnitude)?, stop_gradient(norm_of_rows(&adapted)?)?)?;
         Ok(ops::multiply(gain, out)?)
     }
 
-    /// Whether it can be used where each rank has a part of the rows.
+    fn own_rows(&self, whole: &Array) -> Result<Array, LmError> {
+        self.own.as_ref().map_or(Ok(whole.clone()), |ranges| entries(whole, 0, ranges))
+    }
+
     pub(crate) fn is_dora(&self) -> bool {
         self.magnitude.is_some()
     }
@@ -221,20 +235,6 @@ impl Dropout {
     fn masked(&self, x: &Array, mask: &Array) -> Result<Array, LmError> {
         let factor = Array::from_f32(1.0 / (1.0 - self.probability)).as_dtype(x.dtype())?;
         Ok(ops::multiply(ops::multiply(&factor, mask.as_dtype(x.dtype())?)?, x)?)
-    }
-}
-
-/// The entries of these ranges of an axis, one range after the other.
-pub(crate) fn entries(array: &Array, axis: usize, ranges: &[Range<u32>]) -> Result<Array, LmError> {
-    let parts = ranges.iter().map(|range| {
-        let (mut start, mut stop) = (vec![0; array.ndim()], array.shape().to_vec());
-        (start[axis], stop[axis]) = (range.start as i32, range.end as i32);
-        ffi::slice(array, &start, &stop)
-    });
-    let parts = parts.collect::<Result<Vec<_>, LmError>>()?;
-    match parts.as_slice() {
-        [one] => Ok(one.clone()),
-        parts => Ok(ops::concatenate(parts, axis as i32)?),
     }
 }
 

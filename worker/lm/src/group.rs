@@ -101,6 +101,10 @@ impl Group {
         self.0.trains.set(true);
     }
 
+    pub fn place(&self) -> &TensorPlace {
+        &self.0.place
+    }
+
     pub fn rank(&self) -> u32 {
         self.0.place.rank
     }

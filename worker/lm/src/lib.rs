@@ -5,6 +5,7 @@ pub mod adapter;
 pub mod blocks;
 pub mod cache;
 pub mod compiled;
+mod entries;
 pub mod error;
 pub mod ffi;
 pub mod fuse;

@@ -298,12 +298,6 @@ impl Embedding {
         if let (Some(_), Matrix::Quantised { .. }) = (low_rank.as_ref().filter(|table| table.is_dora()), &matrix) {
             return Err(LmError::Adapter { path: spec.path.clone(), cause: "DoRA does not work on a quantised embedding".into() });
         }
-        if low_rank.as_ref().is_some_and(|table| table.is_dora()) && vocabulary.is_some() {
-            return Err(LmError::Adapter {
-                path: spec.path.clone(),
-                cause: "DoRA does not work on an embedding that is split over ranks".into(),
-            });
-        }
         Ok(Self { matrix, vocabulary, low_rank, site: Site::of(weights, &spec.path), stacks: None })
     }
 
@@ -321,12 +315,13 @@ impl Embedding {
 
     /// `[.., dims] -> [.., vocab_size]`.
     pub fn as_linear(&self, x: &Array) -> Result<Array, LmError> {
-        let logits = self.matrix.apply(x)?;
-        let logits = self.vocabulary.as_ref().map_or(Ok(logits.clone()), |vocabulary| vocabulary.gather(&logits))?;
-        if let (Some(stacks), Some(rows)) = (&self.stacks, rows::current()) {
-            return stacks.add_to_logits(&logits, x, &rows);
+        let own = self.matrix.apply(x)?;
+        let own = self.low_rank.as_ref().map_or(Ok(own.clone()), |low_rank| low_rank.add_to_logits(&own, x, &self.matrix))?;
+        let logits = self.vocabulary.as_ref().map_or(Ok(own.clone()), |vocabulary| vocabulary.gather(&own))?;
+        match (&self.stacks, rows::current()) {
+            (Some(stacks), Some(rows)) => stacks.add_to_logits(&logits, x, &rows),
+            _ => Ok(logits),
         }
-        self.low_rank.as_ref().map_or(Ok(logits.clone()), |low_rank| low_rank.add_to_logits(&logits, x, &self.matrix))
     }
 }
 

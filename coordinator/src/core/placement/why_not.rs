@@ -64,10 +64,6 @@ pub enum WhyNot {
     #[error("--split is for pipelines, --strategy {strategy} has none: leave one of them out")]
     SplitIsForPipelines { strategy: TrainStrategy },
     #[error(
-        "full fine-tuning needs whole matrices, and --strategy tensor splits them: take --strategy pipeline or data, or fine-tune with lora"
-    )]
-    WholeMatrices,
-    #[error(
         "factors of `{path}` are those of the head too, and the two would be on different stages: leave it out of the lora keys, or take --strategy \
          data or tensor"
     )]
@@ -119,7 +115,6 @@ impl WhyNot {
                 | WhyNot::EmptyBatch { .. }
                 | WhyNot::NothingTrained
                 | WhyNot::SplitIsForPipelines { .. }
-                | WhyNot::WholeMatrices
                 | WhyNot::SharedEmbedding { .. }
                 | WhyNot::TooFewRows { .. }
         )

@@ -2,7 +2,8 @@
 
 use super::{Adaptable, Kind, Place, Stacks, evaluated};
 use crate::{
-    adapter::{entries, norm_of_rows},
+    adapter::norm_of_rows,
+    entries::{entries, spread},
     error::LmError,
     ffi,
     group::Group,
@@ -31,7 +32,7 @@ enum Gain {
     None,
     /// `[output]`
     Known(Array),
-    /// Every rank has a part of the inputs: the squares of these added up, `[output]`, until the sum over all is known.
+    /// Every rank has a part of the inputs, or of a table's rows: their squares added up, `[output]`, until the sum over all is known.
     Partial { magnitude: Array, squares: Array, group: Group },
 }
 
@@ -190,24 +191,32 @@ fn check(path: &str, kind: Kind, matrix: &Matrix, a: &Array, b: &Array, magnitud
 /// DoRA's factor on each output: the magnitude over the length of the adapted row.
 fn gain(at: &Adaptable<'_>, a: &Array, b: &Array, magnitude: Array, scale: f32) -> Result<Gain, LmError> {
     let scale = Array::from_f32(scale);
-    let gain = match (at.kind, &at.site.group) {
+    let (lengths, group) = match (at.kind, &at.site.cut) {
         (Kind::Experts, _) => return Err(refused(&at.site.path, "DoRA does not work on experts")),
-        (Kind::Table, Some(_)) => return Err(refused(&at.site.path, "DoRA does not work on an embedding that is split over ranks")),
-        (Kind::Table, None) => ops::divide(&magnitude, table_lengths(at.matrix, &ops::multiply(a, scale)?, b)?)?,
-        (Kind::Linear, group) => {
-            let adapted = ops::add(at.matrix.dense()?, ops::matmul(ops::multiply(b.t(), scale)?, a.t())?)?;
-            match group {
-                None => ops::divide(&magnitude, norm_of_rows(&adapted)?)?,
-                Some(group) => {
-                    let squares = adapted.square()?.sum_axis(1, false)?;
-                    evaluated(&[&squares, &magnitude])?;
-                    return Ok(Gain::Partial { magnitude, squares, group: group.clone() });
+        (Kind::Table, cut) => {
+            let a = ops::multiply(a, scale)?;
+            match cut {
+                Some(Cut::Output(ranges)) => {
+                    let own = table_lengths(at.matrix, &entries(&a, 0, ranges)?, b)?;
+                    (spread(&own, 0, a.dim(0), ranges)?, at.site.group.as_ref())
                 }
+                _ => (table_lengths(at.matrix, &a, b)?, None),
             }
         }
+        (Kind::Linear, cut) => {
+            let adapted = ops::add(at.matrix.dense()?, ops::matmul(ops::multiply(b.t(), scale)?, a.t())?)?;
+            // Rows that are whole here, such as those of a split head, are nobody else's.
+            (norm_of_rows(&adapted)?, at.site.group.as_ref().filter(|_| matches!(cut, Some(Cut::Input(_)))))
+        }
     };
-    evaluated(&[&gain])?;
-    Ok(Gain::Known(gain))
+    let Some(group) = group else {
+        let gain = ops::divide(&magnitude, lengths)?;
+        evaluated(&[&gain])?;
+        return Ok(Gain::Known(gain));
+    };
+    let squares = lengths.square()?;
+    evaluated(&[&squares, &magnitude])?;
+    Ok(Gain::Partial { magnitude, squares, group: group.clone() })
 }
 
 fn table_lengths(matrix: &Matrix, a: &Array, b: &Array) -> Result<Array, LmError> {

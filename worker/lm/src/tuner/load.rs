@@ -1,13 +1,15 @@
 //! From a model's files and a training role to a stage that can be trained.
 
 use super::{
+    pieces::Pieces,
     random,
     stage::{Segment, TrainedStage, Training},
+    state::{Others, TrainState},
 };
-use crate::{adapter::norm_of_rows, error::LmError, group::Group, linear::Matrix, weights::Weights};
+use crate::{adapter::norm_of_rows, entries::spread, error::LmError, group::Group, linear::Matrix, weights::Weights};
 use mlx_cluster_common::{
     spec::{ModelSpec, Part},
-    tensor::{Cut, RankModel},
+    tensor::{Cut, RankModel, holdings},
     training::{FineTune, Module, Trained, TrainingRole},
     weights::{WeightIndex, WeightMap},
 };
@@ -67,8 +69,16 @@ impl Source<'_> {
             Segment { layers: range, frozen: loaded.only(frozen), trained: names }
         });
         let segments = segments.collect();
+        let others = match &self.group {
+            None => Others::None,
+            Some(group) if self.is_split && role.fine_tune == FineTune::Full => {
+                Others::Parts(Pieces::new(group.clone(), holdings(spec, weights, &group.place().shares)))
+            }
+            Some(group) => Others::Same(group.clone()),
+        };
+        let state = TrainState::new(parameters, role.optimizer.clone(), role.schedule.clone(), others)?;
         let training = Training { role: self.role, group: self.group, gives_gradients };
-        TrainedStage::new(self.rank.spec, segments, parameters, magnitudes, training)
+        Ok(TrainedStage::new(self.rank.spec, segments, state, magnitudes, training))
     }
 
     /// What is trained of the stage's parts, as it starts.
@@ -113,42 +123,13 @@ pub(super) fn magnitude(frozen: &Weights, spec: &ModelSpec, module: &Module, gro
         Cut::Input(_) => Ok(ops::sqrt(group.all_sum(&matrix.square()?.sum_axis(1, false)?)?)?),
         // Rows that several ranks have are counted as often.
         Cut::Output(ranges) => {
-            let (mut rows, mut counts, mut at) = (Vec::new(), Vec::new(), 0);
-            let own = norm_of_rows(&matrix)?;
-            let mut end = 0;
-            for range in sorted(&ranges, &mut at) {
-                let gap = [range.rows.start - end];
-                rows.push(ops::zeros::<f32>(&gap)?);
-                counts.push(ops::zeros::<f32>(&gap)?);
-                rows.push(crate::ffi::slice(&own, &[range.from], &[range.from + range.rows.len() as i32])?);
-                counts.push(ops::ones::<f32>(&[range.rows.len() as i32])?);
-                end = range.rows.end;
-            }
-            let rest = [module.shape.magnitudes() as i32 - end];
-            rows.push(ops::zeros::<f32>(&rest)?);
-            counts.push(ops::zeros::<f32>(&rest)?);
-            let sum = group.all_sum(&ops::concatenate(&rows, 0)?)?;
-            Ok(ops::divide(sum, group.all_sum(&ops::concatenate(&counts, 0)?)?)?)
+            let (own, length) = (norm_of_rows(&matrix)?, module.shape.magnitudes() as i32);
+            let sum = group.all_sum(&spread(&own, 0, length, &ranges)?)?;
+            let counts = spread(&ops::ones_like(&own)?, 0, length, &ranges)?;
+            Ok(ops::divide(sum, group.all_sum(&counts)?)?)
         }
         Cut::Member(_) => Err(LmError::Adapter { path: module.path.clone(), cause: "DoRA does not work on stacks".into() }),
     }
-}
-
-/// A run of a rank's rows: which of the whole matrix's, and where they stand in its own.
-struct Rows {
-    rows: Range<i32>,
-    from: i32,
-}
-
-/// In the order of the whole matrix's rows.
-fn sorted(ranges: &[Range<u32>], at: &mut i32) -> Vec<Rows> {
-    let mut runs: Vec<Rows> = Vec::new();
-    for range in ranges {
-        runs.push(Rows { rows: range.start as i32..range.end as i32, from: *at });
-        *at += range.len() as i32;
-    }
-    runs.sort_by_key(|run| run.rows.start);
-    runs
 }
 
 /// Without checkpointing all layers are one; with it each is one of its own.

@@ -5,10 +5,13 @@ mod buckets;
 mod load;
 pub mod losses;
 pub mod optimizers;
+mod pieces;
 pub mod random;
 pub mod stage;
+mod state;
 
 pub use load::Source;
+pub use state::Saved;
 
 use crate::error::LmError;
 use mlx_rs::memory;

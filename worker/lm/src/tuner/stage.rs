@@ -5,10 +5,10 @@
 
 use super::{
     batch::Lot,
-    buckets::summed,
     load::{Magnitudes, magnitude},
     losses::cross_entropy,
     optimizers::Updates,
+    state::{Saved, TrainState},
 };
 use crate::{
     activations::Activations,
@@ -54,10 +54,7 @@ pub struct TrainedStage {
     spec: ModelSpec,
     segments: Vec<Segment>,
     training: Training,
-    parameters: BTreeMap<String, Array>,
-    /// Sums since the last update.
-    gradients: BTreeMap<String, Array>,
-    updates: Updates,
+    state: TrainState,
     /// Magnitudes that are still to be measured.
     magnitudes: Magnitudes,
 }
@@ -80,12 +77,6 @@ impl Pending {
     }
 }
 
-/// By name.
-pub struct Saved {
-    pub parameters: BTreeMap<String, Array>,
-    pub optimizer: BTreeMap<String, Array>,
-}
-
 enum Inner {
     /// Nothing here or before is trained.
     Nothing,
@@ -96,19 +87,12 @@ enum Inner {
 }
 
 impl TrainedStage {
-    /// `segments` tile the stage's layers; `parameters` are all that is trained, by name.
-    pub(super) fn new(
-        spec: ModelSpec,
-        segments: Vec<Segment>,
-        parameters: BTreeMap<String, Array>,
-        magnitudes: Magnitudes,
-        training: Training,
-    ) -> Result<Self, LmError> {
+    /// `segments` tile the stage's layers, and name what is in `state`.
+    pub(super) fn new(spec: ModelSpec, segments: Vec<Segment>, state: TrainState, magnitudes: Magnitudes, training: Training) -> Self {
         if let (Some(group), Parallel::Tensor) = (&training.group, training.role.parallel) {
             group.train();
         }
-        let updates = Updates::new(training.role.optimizer.clone(), training.role.schedule.clone(), &parameters)?;
-        Ok(Self { spec, segments, training, parameters, gradients: BTreeMap::new(), updates, magnitudes })
+        Self { spec, segments, training, state, magnitudes }
     }
 
     pub fn is_first(&self) -> bool {
@@ -124,12 +108,18 @@ impl TrainedStage {
         start..self.segments.last().map_or(start, |segment| segment.layers.end)
     }
 
+    /// What is trained, as this rank has it.
     pub fn parameters(&self) -> &BTreeMap<String, Array> {
-        &self.parameters
+        self.state.parameters()
+    }
+
+    /// How many numbers are trained, over all ranks of the stage.
+    pub fn trained_numbers(&self) -> u64 {
+        self.state.numbers()
     }
 
     pub fn updates(&self) -> &Updates {
-        &self.updates
+        self.state.updates()
     }
 
     /// Measures what is left to measure of the start; the group has to have formed.
@@ -140,37 +130,10 @@ impl TrainedStage {
                 let owner = self.segments.iter().find(|segment| segment.trained.contains(&name));
                 let owner = owner.ok_or_else(|| LmError::NotLoaded { name: name.clone() })?;
                 let measured = magnitude(&owner.frozen, &self.spec, &module, split)?;
-                self.parameters.insert(name, measured);
+                self.state.start(name, measured);
             }
-            Ok(transforms::eval(self.parameters.values())?)
+            Ok(transforms::eval(self.parameters().values())?)
         })
-    }
-
-    /// Goes on from what a checkpoint holds.
-    pub fn restore(
-        &mut self,
-        parameters: BTreeMap<String, Array>,
-        step: u64,
-        remembered: Option<BTreeMap<String, Array>>,
-    ) -> Result<(), LmError> {
-        for (name, array) in &parameters {
-            let own = self.parameters.get(name).ok_or_else(|| LmError::NotLoaded { name: name.clone() })?;
-            if own.shape() != array.shape() {
-                return Err(LmError::WrongInput { wanted: format!("`{name}` {:?}", own.shape()), found: format!("{:?}", array.shape()) });
-            }
-        }
-        for (name, array) in parameters {
-            self.parameters.insert(name, array);
-        }
-        self.gradients.clear();
-        match remembered {
-            Some(remembered) => self.updates.restore(step, remembered),
-            None => {
-                let role = &self.training.role;
-                self.updates = Updates::new(role.optimizer.clone(), role.schedule.clone(), &self.parameters)?;
-                Ok(())
-            }
-        }
     }
 
     /// Forward, and on the last stage backward: gradients are added to those since the last update.
@@ -215,54 +178,38 @@ impl TrainedStage {
         })
     }
 
+    /// Goes on from what a checkpoint holds.
+    pub fn restore(
+        &mut self,
+        parameters: BTreeMap<String, Array>,
+        step: u64,
+        remembered: Option<BTreeMap<String, Array>>,
+    ) -> Result<(), LmError> {
+        self.state.restore(parameters, step, remembered)
+    }
+
     /// Adds the gradients up over the group, whose ranks all have to do so; nothing where there is none.
     pub fn reduce(&mut self) -> Result<(), LmError> {
-        let Some(group) = self.training.group.clone() else { return Ok(()) };
-        in_order(|| {
-            let mut gradients = BTreeMap::new();
-            for (name, parameter) in &self.parameters {
-                // A replica may have had no rows.
-                let gradient = match self.gradients.remove(name) {
-                    Some(gradient) => gradient,
-                    None => ops::zeros_dtype(parameter.shape(), parameter.dtype())?,
-                };
-                gradients.insert(name.clone(), gradient);
-            }
-            self.gradients = summed(&group, gradients)?;
-            Ok(transforms::eval(self.gradients.values())?)
-        })
+        self.state.reduce()
     }
 
-    /// One update from the gradients of `accumulated` batches, which the group has added up.
+    /// One update from the gradients of `accumulated` batches, which the group has added up; its ranks all have to do so.
     pub fn update(&mut self, accumulated: u32) -> Result<(), LmError> {
-        let mut gradients = std::mem::take(&mut self.gradients);
-        for (name, parameter) in &self.parameters {
-            if !gradients.contains_key(name) {
-                gradients.insert(name.clone(), ops::zeros_dtype(parameter.shape(), parameter.dtype())?);
-            }
-        }
-        if accumulated > 1 {
-            for gradient in gradients.values_mut() {
-                *gradient = ops::divide(&*gradient, Array::from_f32(accumulated as f32).as_dtype(gradient.dtype())?)?;
-            }
-        }
-        self.parameters = self.updates.apply(&self.parameters, &gradients)?;
-        Ok(transforms::eval(self.parameters.values().chain(self.updates.arrays()))?)
+        self.state.update(accumulated)
     }
 
-    /// What is trained, and on request what the optimizer remembers, as a checkpoint holds them.
+    /// What is trained, whole, and on request what the optimizer remembers, as a checkpoint holds them. The ranks of a group all have to ask.
     pub fn saved(&self, has_optimizer: bool) -> Result<Saved, LmError> {
-        let optimizer = if has_optimizer { self.updates.save() } else { BTreeMap::new() };
-        Ok(Saved { parameters: self.parameters.clone(), optimizer })
+        self.state.saved(has_optimizer)
     }
 
     /// Drops what an unfinished batch left.
     pub fn forget_gradients(&mut self) {
-        self.gradients.clear();
+        self.state.forget_gradients();
     }
 
     fn trained(&self, index: usize) -> Vec<Array> {
-        self.segments[index].trained.iter().filter_map(|name| self.parameters.get(name).cloned()).collect()
+        self.segments[index].trained.iter().filter_map(|name| self.parameters().get(name).cloned()).collect()
     }
 
     /// Whether something before a segment wants gradients.
@@ -374,7 +321,7 @@ impl TrainedStage {
             let done = self.differentiated(0, &lot, micro, input.as_ref(), &[self.one()])?;
             self.add(0, done.trained)?;
             let loss = done.outputs.into_iter().next().ok_or_else(|| LmError::Mlx("no loss".into()))?;
-            transforms::async_eval(self.gradients.values().chain([&loss]))?;
+            transforms::async_eval(self.state.gradients().chain([&loss]))?;
             let gradients = self.finished(done.inputs)?;
             return Ok(Passed::Loss { loss: read(&loss)?, gradients });
         }
@@ -411,7 +358,7 @@ impl TrainedStage {
         }
         if !self.is_last() {
             let output = stream.ok_or_else(|| LmError::Mlx("a stage without layers".into()))?;
-            let is_trained = self.training.gives_gradients || !self.parameters.is_empty();
+            let is_trained = self.training.gives_gradients || !self.parameters().is_empty();
             let inner = if is_trained { Inner::Inputs { lot, inputs, micro: micro.clone() } } else { Inner::Nothing };
             return Ok(Passed::Activations { output, pending: Pending(inner) });
         }
@@ -448,19 +395,12 @@ impl TrainedStage {
     }
 
     fn add(&mut self, index: usize, gradients: Vec<Array>) -> Result<(), LmError> {
-        for (name, gradient) in self.segments[index].trained.iter().zip(gradients) {
-            let sum = match self.gradients.remove(name) {
-                Some(sum) => ops::add(&sum, &gradient)?,
-                None => gradient,
-            };
-            self.gradients.insert(name.clone(), sum);
-        }
-        Ok(())
+        self.segments[index].trained.iter().zip(gradients).try_for_each(|(name, gradient)| self.state.add(name, gradient))
     }
 
     /// Evaluates the gradients so far and those of inputs.
     fn finished(&self, inputs: Vec<(CutTensor, Array)>) -> Result<Option<Activations>, LmError> {
-        transforms::eval(self.gradients.values().chain(inputs.iter().map(|(_, array)| array)))?;
+        transforms::eval(self.state.gradients().chain(inputs.iter().map(|(_, array)| array)))?;
         Ok((!inputs.is_empty()).then(|| Activations { tensors: inputs.into_iter().collect() }))
     }
 }

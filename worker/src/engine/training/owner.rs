@@ -140,8 +140,7 @@ impl Owner {
             let optimizer = begin.has_optimizer.then_some(optimizer);
             self.stage.restore(parameters, begin.updates, optimizer).map_err(|error| error.to_string())?;
         }
-        let trained = self.stage.parameters().values().map(|array| array.size() as u64).sum();
-        tell(reports, Report::Begun(wire::Begun { trained }))
+        tell(reports, Report::Begun(wire::Begun { trained: self.stage.trained_numbers() }))
     }
 
     /// All micro-batches forward and backward, then the update when it is due.
@@ -208,11 +207,12 @@ impl Owner {
         let start = Instant::now();
         let work = self.ranks.step();
         self.ranks.check(self.stage.reduce())?;
-        drop(work);
         if !self.ranks.is_alone() {
             times.waiting += start.elapsed();
         }
-        self.stage.update(update_of).map_err(|error| error.to_string().into())
+        let updated = self.ranks.check(self.stage.update(update_of));
+        drop(work);
+        updated.map_err(Trouble::from)
     }
 
     /// Forward alone, as far as this stage is concerned.
@@ -260,7 +260,9 @@ impl Owner {
             let tensor = Some(tensors::write(name, array)?);
             tell(reports, Report::Saved(wire::SavedTensor { is_optimizer, tensor }))
         };
+        let work = self.ranks.step();
         let parts = self.ranks.check(self.stage.saved(save.has_optimizer))?;
+        drop(work);
         if self.spec.place.rank == 0 {
             for (name, array) in &parts.parameters {
                 saved(false, name, array)?;

@@ -102,7 +102,7 @@ impl Planner<'_> {
         let (n, n_layers) = (places.len(), self.layouts.spec.n_layers() as usize);
         let stages = (1..=n.min(n_layers)).filter(|stages| n.is_multiple_of(*stages));
         trials.extend(stages.filter_map(|stages| self.layouts.grid(places, stages, None)));
-        if n > 1 && !self.options().role.needs_whole_matrices() {
+        if n > 1 {
             trials.extend(self.group(places)?);
         }
         Ok(())
@@ -160,7 +160,6 @@ impl Planner<'_> {
             Kind::Replicas if rows < 2 => Some("a batch of one row is for one replica".to_owned()),
             Kind::Replicas => Some(alone()),
             Kind::Pipelines => None,
-            Kind::Tensor if self.options().role.needs_whole_matrices() => Some("full fine-tuning needs whole matrices".to_owned()),
             Kind::Tensor => Some("does not fit".to_owned()),
         }
     }

@@ -8,7 +8,7 @@ use super::super::{
 };
 use super::{
     TrainingOptions,
-    memory::{Micro, RankCosts},
+    memory::{Micro, Model, RankCosts},
     pace::{NodePace, Pace, Path, TensorGroup},
 };
 use mlx_cluster_common::{
@@ -247,7 +247,8 @@ impl<'a> Layouts<'a> {
                 group.sums = (0..self.spec.n_layers()).map(|layer| count(Part::Layer(layer))).collect();
                 group.end_sums = count(Part::Embedding) + count(Part::LayerInputs) + count(Part::Head);
             }
-            group.ranks.push(RankCosts::new(&model.spec, &model.weights, &self.options.role));
+            let (own, whole) = (Model { spec: &model.spec, map: &model.weights }, Model { spec: self.spec, map: self.map });
+            group.ranks.push(RankCosts::new(own, whole, &self.options.role));
         }
         Ok(group)
     }

@@ -18,6 +18,13 @@ const PASSING_SCORES: u64 = 3;
 /// Gradients that were added up so far, and those of one micro-batch that are added.
 const GRADIENTS: u64 = 2;
 
+/// A model, or what a rank has of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Model<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) map: &'a WeightMap,
+}
+
 /// What is trained of a part, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 struct State {
@@ -73,9 +80,10 @@ pub(super) struct Micro {
 }
 
 impl RankCosts {
-    /// `spec` and `map` are the rank's own.
-    pub(super) fn new(spec: &ModelSpec, map: &WeightMap, role: &TrainingRole) -> Self {
-        let state = |part: Part| state(&role.trained(spec, map, part), role);
+    /// `own` is what a rank has of `whole`; or the same.
+    pub(super) fn new(own: Model<'_>, whole: Model<'_>, role: &TrainingRole) -> Self {
+        let Model { spec, map } = own;
+        let state = |part: Part| state(&role.trained(spec, map, part), &role.trained(whole.spec, whole.map, part), role);
         let (mut states, mut gradients) = (vec![0u64], vec![0u64]);
         for layer in 0..spec.n_layers() {
             let own = state(Part::Layer(layer));
@@ -193,15 +201,28 @@ impl State {
     }
 }
 
-fn state(trained: &[Trained], role: &TrainingRole) -> State {
-    let own = |array: &Trained| {
+/// Both are the same arrays, as a rank has them and whole.
+fn state(own: &[Trained], whole: &[Trained], role: &TrainingRole) -> State {
+    let optimizer = |array: &Trained| role.optimizer.state_numbers(&array.shape).saturating_mul(array.dtype.size());
+    let adapter = |array: &Trained| {
         let bytes = array.bytes();
-        // Parameters of the model are counted as weights.
-        let adapters = if role.fine_tune.lora().is_some() { bytes } else { 0 };
-        let optimizer = role.optimizer.state_numbers(&array.shape).saturating_mul(array.dtype.size());
-        State { all: adapters.saturating_add(bytes.saturating_mul(GRADIENTS)).saturating_add(optimizer), gradients: bytes }
+        State { all: bytes.saturating_mul(1 + GRADIENTS).saturating_add(optimizer(array)), gradients: bytes }
     };
-    trained.iter().map(own).fold(State::default(), State::and)
+    // Parameters of the model are counted as weights.
+    let parameter = |(own, whole): (&Trained, &Trained)| {
+        let bytes = own.bytes();
+        let updated = match role.optimizer.is_by_number() || own.shape == whole.shape {
+            true => optimizer(own),
+            // The whole matrix and its gradient are put together for the update.
+            false => optimizer(whole).saturating_add(whole.bytes().saturating_mul(2)),
+        };
+        State { all: bytes.saturating_mul(GRADIENTS).saturating_add(updated), gradients: bytes }
+    };
+    match role.fine_tune.lora() {
+        // Factors are whole on every rank.
+        Some(_) => whole.iter().map(adapter).fold(State::default(), State::and),
+        None => own.iter().zip(whole).map(parameter).fold(State::default(), State::and),
+    }
 }
 
 fn kept(spec: &ModelSpec, map: &WeightMap, role: &TrainingRole, layer: u32) -> Kept {

@@ -10,7 +10,7 @@ mod tests;
 use super::{Candidate, NodeMemory, Reckoned, WhyNot, by_capability, check_split, check_whole, costs::activation_dtype, machines::Ways};
 use choice::{Choice, Way};
 use layouts::{Layouts, Trial, in_flight};
-use memory::RankCosts;
+use memory::{Model, RankCosts};
 use mlx_cluster_common::{
     cache::{CacheOptions, CacheReservation},
     engine::NodeFacts,
@@ -66,9 +66,6 @@ impl TrainingOptions {
         if stages > spec.n_layers() as usize {
             return Err(WhyNot::TooFewLayers { layers: spec.n_layers(), stages });
         }
-        if *strategy == TrainStrategy::Tensor && least > 1 && self.role.needs_whole_matrices() {
-            return Err(WhyNot::WholeMatrices);
-        }
         if trainable(spec, map, &self.role, 0..spec.n_layers()) == 0 {
             return Err(WhyNot::NothingTrained);
         }
@@ -92,7 +89,8 @@ pub fn plan_training(
     }
     let nodes = by_capability(nodes);
     let ways = Ways::new(&nodes, links);
-    let whole = RankCosts::new(spec, map, &options.role);
+    let model = Model { spec, map };
+    let whole = RankCosts::new(model, model, &options.role);
     let pace = Pace {
         spec,
         nodes: &nodes,
@@ -199,8 +197,7 @@ impl Planner<'_> {
     }
 
     fn tensor(&mut self) -> Result<Option<Trial>, WhyNot> {
-        let needs_whole = self.options().role.needs_whole_matrices();
-        for n in (self.min_workers()..=self.nodes().len()).rev().filter(|n| *n == 1 || !needs_whole) {
+        for n in (self.min_workers()..=self.nodes().len()).rev() {
             if let Some(trial) = self.group(&prefix(n))? {
                 return Ok(Some(trial));
             }
