@@ -63,6 +63,12 @@ MODELS = {
     "llama with biases, tied": (Case("tied", config("llama", num_hidden_layers=3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
                                 [Adapter("table", 4, 2.0, keys=[*ATTENTION, "mlp.down_proj", "model.embed_tokens"]),
                                  Adapter("weight-decomposed", 6, 1.5, "dora", num_layers=2)]),
+    "llama, weight-decomposed table that is the head": (Case("tied2", config("llama", num_hidden_layers=2, tie_word_embeddings=True)),
+                                                        [Adapter("table", 4, 2.0, "dora", keys=[*ATTENTION, "model.embed_tokens"]),
+                                                         Adapter("plain", 3, 1.5, keys=ATTENTION)]),
+    "llama, weight-decomposed table and head": (Case("untied", config("llama", num_hidden_layers=2, tie_word_embeddings=False)),
+                                                [Adapter("table", 4, 2.0, "dora", keys=["self_attn.q_proj", "model.embed_tokens"]),
+                                                 Adapter("head", 3, 1.5, "dora", keys=["mlp.down_proj", "lm_head"])]),
     "qwen3_moe": (Case("moe", config("qwen3_moe", num_hidden_layers=2, **models.MOE)),
                   [Adapter("experts", 4, 2.0), Adapter("attention", 7, 3.0, keys=ATTENTION, num_layers=1)]),
 }
