@@ -5,30 +5,24 @@
 //! chunks whose prompts are not scored. `"kv_bits"`, `"kv_group_size"`, `"quantized_kv_start"` and `"max_kv_size"` may say how keys and values
 //! are kept. `"shares": [[2, 1]]` adds tensor-parallel groups, each of so many processes of this program with these shares.
 
+mod support;
+
 use mlx_cluster_common::{
-    architectures::read_spec,
     cache::{CacheError, CacheOptions, KvQuantization},
     ids::{Epoch, SequenceId},
     plan::Collective,
     sampling::SamplingParams,
-    spec::ModelSpec,
     step::{Admission, Output, Segment, SegmentResult, Step, Token},
     tensor::{TensorPlace, check_cover, rank_model},
-    weights::{WeightIndex, WeightMap},
 };
 use mlx_cluster_lm::{
-    group::{Group, HOSTFILE_VARIABLE, RANK_VARIABLE},
+    group::Group,
     shard::{Shard, StepOutput},
     weights::Weights,
 };
 use serde::{Deserialize, Serialize};
-use std::{
-    error::Error,
-    io::{BufRead, Read, Write},
-    net::TcpListener,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::{error::Error, io::BufRead, path::Path};
+use support::{Model, run_ranks};
 
 #[derive(Deserialize)]
 struct Request {
@@ -83,11 +77,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         return answer_as_rank(&model, &request, place, &addresses);
     }
     for cuts in &request.layouts {
-        let mut pipeline = model.pipeline(cuts, &request.caches()?)?;
+        let mut pipeline = pipeline(&model, cuts, &request.caches()?)?;
         println!("{}", serde_json::to_string(&answers(&mut pipeline, &request, cuts, &[])?)?);
     }
     for shares in &request.shares {
-        println!("{}", answers_of_group(folder, &line, shares)?);
+        println!("{}", run_ranks(folder, &line, shares, &[])?);
     }
     Ok(())
 }
@@ -96,7 +90,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn answer_as_rank(model: &Model, request: &Request, place: TensorPlace, addresses: &[String]) -> Result<(), Box<dyn Error>> {
     let shares = place.shares.clone();
     let is_first = place.rank == 0;
-    let mut pipeline = Pipeline { stages: vec![model.rank(place, addresses, &request.caches()?)?], number: 0 };
+    let mut pipeline = Pipeline { stages: vec![rank(model, place, addresses, &request.caches()?)?], number: 0 };
     let answers = answers(&mut pipeline, request, &[], &shares)?;
     if is_first {
         println!("{}", serde_json::to_string(&answers)?);
@@ -104,77 +98,25 @@ fn answer_as_rank(model: &Model, request: &Request, place: TensorPlace, addresse
     Ok(())
 }
 
-/// Starts a process a rank, and gives what rank 0 prints.
-fn answers_of_group(folder: &str, request: &str, shares: &[u32]) -> Result<String, Box<dyn Error>> {
-    let free = |_: &u32| Ok::<_, std::io::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string());
-    let addresses = serde_json::to_string(&shares.iter().map(free).collect::<Result<Vec<_>, _>>()?)?;
-    let temporary = std::env::temp_dir();
-    let mut ranks = Vec::new();
-    for rank in 0..shares.len() {
-        let hostfile = temporary.join(format!("parity-{}-{rank}.json", std::process::id()));
-        let place = TensorPlace { rank: rank as u32, shares: shares.to_vec() };
-        let mut process = Command::new(std::env::current_exe()?)
-            .args([folder, &serde_json::to_string(&place)?, &addresses])
-            .envs([(HOSTFILE_VARIABLE, hostfile.as_os_str()), (RANK_VARIABLE, rank.to_string().as_ref())])
-            .stdin(Stdio::piped())
-            .stdout(if rank == 0 { Stdio::piped() } else { Stdio::null() })
-            .spawn()?;
-        process.stdin.take().ok_or("no stdin")?.write_all(request.as_bytes())?;
-        ranks.push((process, hostfile));
+fn pipeline(model: &Model, cuts: &[u32], caches: &CacheOptions) -> Result<Pipeline, Box<dyn Error>> {
+    let mut stages = Vec::new();
+    for layers in model.stages(cuts) {
+        let weights = Weights::load(&model.folder, &model.index, &model.map, &model.spec.parts_of(layers.clone()), |_| {})?;
+        stages.push(Shard::new(&model.spec, layers, weights, caches)?);
     }
-    let mut output = String::new();
-    let mut failed = None;
-    for (rank, (mut process, hostfile)) in ranks.into_iter().enumerate() {
-        if let Some(mut stdout) = process.stdout.take() {
-            stdout.read_to_string(&mut output)?;
-        }
-        let status = process.wait()?;
-        drop(std::fs::remove_file(hostfile));
-        if !status.success() {
-            failed = failed.or(Some(format!("rank {rank} of shares {shares:?} ended with {status}")));
-        }
-    }
-    failed.map_or_else(|| Ok(output.trim().to_owned()), |failed| Err(failed.into()))
+    Ok(Pipeline { stages, number: 0 })
 }
 
-/// What all layouts are made of.
-struct Model {
-    folder: PathBuf,
-    spec: ModelSpec,
-    index: WeightIndex,
-    map: WeightMap,
-}
-
-impl Model {
-    fn open(folder: &Path) -> Result<Self, Box<dyn Error>> {
-        let spec = read_spec(&mlx_cluster_hub::read_config(&folder.join("config.json"))?)?;
-        let index = mlx_cluster_hub::folder_weight_index(folder)?;
-        let map = WeightMap::assign(&spec, &index)?;
-        Ok(Self { folder: folder.to_path_buf(), spec, index, map })
-    }
-
-    fn pipeline(&self, cuts: &[u32], caches: &CacheOptions) -> Result<Pipeline, Box<dyn Error>> {
-        let starts = [0].iter().chain(cuts).copied();
-        let ends = cuts.iter().copied().chain([self.spec.n_layers()]);
-        let mut stages = Vec::new();
-        for (start, end) in starts.zip(ends) {
-            let weights = Weights::load(&self.folder, &self.index, &self.map, &self.spec.parts_of(start..end), |_| {})?;
-            stages.push(Shard::new(&self.spec, start..end, weights, caches)?);
-        }
-        Ok(Pipeline { stages, number: 0 })
-    }
-
-    /// One rank of all layers.
-    fn rank(&self, place: TensorPlace, addresses: &[String], caches: &CacheOptions) -> Result<Shard, Box<dyn Error>> {
-        let parts = self.spec.parts();
-        check_cover(&self.spec, &self.map, &parts, &place.shares)?;
-        let rank = rank_model(&self.spec, &self.map, &place)?;
-        let group = Group::new(place);
-        let weights = Weights::load(&self.folder, &self.index, &rank.weights, &parts, |_| {})?.of_rank(rank.split, group.clone());
-        let shard = Shard::new(&rank.spec, 0..self.spec.n_layers(), weights, caches)?;
-        group.form(Collective::Ring, addresses)?;
-        Ok(shard)
-    }
+/// One rank of all layers.
+fn rank(model: &Model, place: TensorPlace, addresses: &[String], caches: &CacheOptions) -> Result<Shard, Box<dyn Error>> {
+    let parts = model.spec.parts();
+    check_cover(&model.spec, &model.map, &parts, &place.shares)?;
+    let rank = rank_model(&model.spec, &model.map, &place)?;
+    let group = Group::new(place);
+    let weights = Weights::load(&model.folder, &model.index, &rank.weights, &parts, |_| {})?.of_rank(rank.split, group.clone());
+    let shard = Shard::new(&rank.spec, 0..model.spec.n_layers(), weights, caches)?;
+    group.form(Collective::Ring, addresses)?;
+    Ok(shard)
 }
 
 fn answers(pipeline: &mut Pipeline, request: &Request, cuts: &[u32], shares: &[u32]) -> Result<Answers, Box<dyn Error>> {
