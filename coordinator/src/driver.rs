@@ -257,6 +257,7 @@ impl Driver {
                 Some(Event::Start { instance, kind: Kind::Training(facts), settings })
             }
             ServingCommand::Broken { instance, epoch, node, message } => Some(Event::SessionBroken { instance, epoch, node, message }),
+            ServingCommand::PlanAgain { instance, epoch } => Some(Event::PlanAgain { instance, epoch }),
             ServingCommand::StopJob { instance } => (instance != InstanceId::SERVED).then_some(Event::Stop { instance }),
         }
     }
@@ -405,6 +406,9 @@ impl Driver {
             }
             Effect::TrainingReady { instance, epoch, engines } => return self.tell_runner(instance, RunnerNote::Ready { epoch, engines }),
             Effect::TrainingBroken { instance, epoch, cause } => return self.tell_runner(instance, RunnerNote::Broken { epoch, cause }),
+            Effect::TrainingCouldGrow { instance, epoch, workers } => {
+                return self.tell_runner(instance, RunnerNote::CouldGrow { epoch, workers });
+            }
             Effect::TrainingDrain { instance, within } => return self.tell_runner(instance, RunnerNote::Drain { within }),
             Effect::InstanceEnded { instance, failure } if instance != InstanceId::SERVED => {
                 return self.tell_runner(instance, RunnerNote::Ended { failure });

@@ -283,13 +283,13 @@ async fn a_runner_is_told_what_becomes_of_its_engines() {
 
     workers[1].kill_engine().await;
     let broken = note(&mut notes).await;
-    assert_eq!(broken, RunnerNote::Broken { epoch: first, cause: "worker w1: engine killed by signal 9".into() });
+    assert_eq!(broken, RunnerNote::Broken { epoch: first, cause: Some("worker w1: engine killed by signal 9".into()) });
     let RunnerNote::Ready { epoch: second, .. } = note(&mut notes).await else { panic!("not ready again") };
     assert!(second > first);
 
     let (instance, node, message) = (InstanceId(1), Some("w0".to_owned()), "no answer".to_owned());
     coordinator.tell(ServingCommand::Broken { instance, epoch: second, node, message }).await;
-    assert_eq!(note(&mut notes).await, RunnerNote::Broken { epoch: second, cause: "worker w0: no answer".into() });
+    assert_eq!(note(&mut notes).await, RunnerNote::Broken { epoch: second, cause: Some("worker w0: no answer".into()) });
     let RunnerNote::Ready { epoch: third, .. } = note(&mut notes).await else { panic!("not ready again") };
     assert!(third > second);
 

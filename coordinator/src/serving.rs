@@ -211,6 +211,8 @@ pub enum ServingCommand {
     StartJob { instance: InstanceId, facts: Arc<TrainingFacts>, settings: InstanceSettings, notes: mpsc::Sender<RunnerNote> },
     /// A job's runner is in trouble with the engines of this epoch; `node` is who is blamed (by id or by name), if anybody.
     Broken { instance: InstanceId, epoch: Epoch, node: Option<String>, message: String },
+    /// A job's runner has kept what it has: plan the engines of this epoch anew.
+    PlanAgain { instance: InstanceId, epoch: Epoch },
     /// Take a job's engines away; its runner is told when they are gone.
     StopJob { instance: InstanceId },
 }
@@ -225,8 +227,10 @@ pub enum RunnerNote {
     Planned(Plan),
     /// All engines are linked in this epoch. One `Broken` with it, or `Ended`, follows.
     Ready { epoch: Epoch, engines: Vec<EngineAt> },
-    /// What was under way in this epoch is lost. Another `Ready` follows, or `Ended`.
-    Broken { epoch: Epoch, cause: String },
+    /// What was under way in this epoch is lost, without a cause when `PlanAgain` asked for it. Another `Ready` follows, or `Ended`.
+    Broken { epoch: Epoch, cause: Option<String> },
+    /// These workers, or as many, were lost before and could be had again with `PlanAgain`.
+    CouldGrow { epoch: Epoch, workers: Vec<String> },
     /// The coordinator stops: save what is to be kept, then send `StopJob`. After this time the engines are taken away all the same.
     Drain { within: Duration },
     /// Its engines are gone: as asked for, or because there is no use in going on. The last note.

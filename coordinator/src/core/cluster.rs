@@ -152,6 +152,9 @@ impl Cluster {
                 self.with(instance, now, effects, |instance, context| instance.session_broken(epoch, node, message, context));
             }
             Event::Start { instance, kind, settings } => self.start(instance, kind, settings, now, effects),
+            Event::PlanAgain { instance, epoch } => {
+                self.with(instance, now, effects, |instance, context| instance.plan_again(epoch, context));
+            }
             Event::Stop { instance } => self.stop_instance(instance, now, effects),
             Event::Drain { limit } => self.drain(limit, now, effects),
         }

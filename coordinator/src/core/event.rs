@@ -101,6 +101,11 @@ pub enum Event {
         kind: Kind,
         settings: InstanceSettings,
     },
+    /// A job that has kept what it has wants the engines of this epoch planned anew.
+    PlanAgain {
+        instance: InstanceId,
+        epoch: Epoch,
+    },
     /// Take the engines of an instance away; the others go on.
     Stop {
         instance: InstanceId,
@@ -171,11 +176,18 @@ pub enum Effect {
         epoch: Epoch,
         engines: Vec<EngineAt>,
     },
-    /// What was under way with the engines of this epoch is lost; unless the instance ends, another epoch follows.
+    /// What was under way with the engines of this epoch is lost; unless the instance ends, another epoch follows. Without a cause the job asked
+    /// for it.
     TrainingBroken {
         instance: InstanceId,
         epoch: Epoch,
-        cause: String,
+        cause: Option<String>,
+    },
+    /// A job goes on without workers that it lost, and a plan would have these again: it may ask for one.
+    TrainingCouldGrow {
+        instance: InstanceId,
+        epoch: Epoch,
+        workers: Vec<String>,
     },
     /// The coordinator stops: a job that has something to keep saves it and asks to be stopped, which is done anyway after this time.
     TrainingDrain {

@@ -152,6 +152,10 @@ pub(super) struct Instance {
     pub(super) cause: Option<String>,
     /// Why there is no plan, and what that is about.
     pub(super) refusal: Option<(Situation, ClusterFailure)>,
+    /// Of all plans so far.
+    pub(super) most_ranks: usize,
+    /// When it was last looked whether a job could have lost workers back.
+    pub(super) looked_for_more: Option<Situation>,
 }
 
 impl Instance {
@@ -171,6 +175,8 @@ impl Instance {
             is_first_start: true,
             cause: None,
             refusal: None,
+            most_ranks: 0,
+            looked_for_more: None,
         }
     }
 
@@ -296,6 +302,15 @@ impl Instance {
                 self.phase = Phase::Suspect { blame, until: context.now + attribution };
             }
             _ => {}
+        }
+    }
+
+    /// The job has kept what it has.
+    pub(super) fn plan_again(&mut self, epoch: Epoch, context: &mut Context<'_>) {
+        let is_current = matches!(self.phase, Phase::Ready { epoch: current } if current == epoch);
+        if is_current && self.is_training() {
+            context.effects.push(Effect::TrainingBroken { instance: self.id, epoch, cause: None });
+            self.start_over(context);
         }
     }
 

@@ -163,7 +163,38 @@ fn a_job_goes_on_with_fewer_workers_than_it_began_with() {
     world.worker_down("w1", true);
     world.run(ms(15_000));
     assert_eq!(job_state(&world, JOB), InstanceState::Ready);
-    assert_eq!(world.jobs[&JOB].engines.iter().map(|engine| engine.name.as_str()).collect::<Vec<_>>(), ["w0"]);
+    assert_eq!(engines_of(&world, JOB), ["w0"]);
+}
+
+fn engines_of(world: &World, job: InstanceId) -> Vec<&str> {
+    world.jobs[&job].engines.iter().map(|engine| engine.name.as_str()).collect()
+}
+
+#[test]
+fn a_job_takes_workers_that_it_lost_again_once_it_has_kept_what_it_has() {
+    for saves in [false, true] {
+        let mut world = idle(3);
+        world.saves = saves;
+        world.start_job(1, TrainStrategy::Pipeline);
+        world.run(ms(3000));
+        world.worker_down("w1", true);
+        world.worker_down("w2", true);
+        world.run(ms(15_000));
+        assert_eq!((engines_of(&world, JOB), world.jobs[&JOB].could_have.len()), (vec!["w0"], 0));
+        world.worker_up("w2");
+        world.run(ms(20_000));
+        // Without an answer it is told once, and nothing changes.
+        assert_eq!(world.jobs[&JOB].could_have, [["w2"]]);
+        assert_eq!(engines_of(&world, JOB), if saves { vec!["w0", "w2"] } else { vec!["w0"] });
+        world.worker_up("w1");
+        world.worker_up("w3");
+        world.run(ms(20_000));
+        let wanted = if saves { vec!["w0", "w1", "w2", "w3"] } else { vec!["w0"] };
+        assert_eq!((engines_of(&world, JOB), job_state(&world, JOB)), (wanted, InstanceState::Ready));
+        assert_eq!(world.jobs[&JOB].could_have.len(), 2);
+        world.run(ms(20_000));
+        assert_eq!(world.jobs[&JOB].could_have.len(), 2, "it has as many as it ever had");
+    }
 }
 
 #[test]

@@ -213,7 +213,10 @@ impl Instance {
 
     fn advance_ready(&mut self, context: &mut Context<'_>) -> bool {
         let Some(deployment) = &self.deployment else { return self.start_over(context) };
-        let Some(blame) = trouble(deployment, context.members, context.now) else { return false };
+        let Some(blame) = trouble(deployment, context.members, context.now) else {
+            self.look_for_more(context);
+            return false;
+        };
         self.close_session(context);
         // Who only lost another one may have been faster to say so than the other one's worker.
         self.phase = Phase::Suspect { blame, until: context.now + ATTRIBUTION };
@@ -224,7 +227,7 @@ impl Instance {
     fn break_off(&mut self, blame: &Blame, context: &mut Context<'_>) -> bool {
         self.fail_requests(&RequestFailure::from(blame), context);
         if self.is_training() {
-            context.effects.push(Effect::TrainingBroken { instance: self.id, epoch: self.epoch, cause: blame.to_string() });
+            context.effects.push(Effect::TrainingBroken { instance: self.id, epoch: self.epoch, cause: Some(blame.to_string()) });
         }
         self.cause = Some(blame.to_string());
         self.load(context.now)

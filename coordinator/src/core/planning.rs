@@ -67,12 +67,30 @@ impl Instance {
         match self.plan(context) {
             Ok(plan) => {
                 self.refusal = None;
+                self.most_ranks = self.most_ranks.max(plan.ranks().count());
                 context.effects.push(Effect::Planned { instance: self.id, plan: plan.clone() });
                 self.deployment = Some(self.deployment_of(plan, context));
                 context.engines_changed = true;
                 self.load(context.now)
             }
             Err(why) => self.refused(why, context),
+        }
+    }
+
+    /// Tells a job that goes on with fewer workers than it had, once in each situation, when a plan would have more again.
+    pub(super) fn look_for_more(&mut self, context: &mut Context<'_>) {
+        let (Some(deployment), members) = (&self.deployment, context.members) else { return };
+        let n = deployment.plan.ranks().count();
+        let may_be = self.is_training() && n < self.most_ranks && n < members.connected().count();
+        if !may_be || context.now < members.last_up + MEASURED_WITHIN || self.looked_for_more == Some(context.situation) {
+            return;
+        }
+        self.looked_for_more = Some(context.situation);
+        let Ok(plan) = self.plan(context) else { return };
+        if plan.ranks().count() > n {
+            let new = plan.ranks().filter(|rank| !deployment.is_on(&rank.node));
+            let workers = new.map(|rank| rank.node_name.clone()).collect();
+            context.effects.push(Effect::TrainingCouldGrow { instance: self.id, epoch: self.epoch, workers });
         }
     }
 
@@ -177,6 +195,7 @@ impl Instance {
             | Phase::Suspect { until, .. }
             | Phase::Pausing { until }
             | Phase::Stopping { until, .. } => vec![*until],
+            Phase::Ready { .. } if self.is_training() => vec![last_up + MEASURED_WITHIN],
             Phase::Ready { .. } | Phase::Failed { .. } | Phase::Ended { .. } => Vec::new(),
         };
         waits.into_iter().filter(|at| *at > now).min()

@@ -188,6 +188,8 @@ pub(crate) struct FakeRunner {
     pub(crate) epochs: Vec<Epoch>,
     pub(crate) plans: Vec<Plan>,
     pub(crate) causes: Vec<String>,
+    /// Workers that it was offered again.
+    pub(crate) could_have: Vec<Vec<String>>,
     pub(crate) drains: u32,
     pub(crate) ended: Option<Option<ClusterFailure>>,
 }

@@ -27,7 +27,7 @@ use mlx_cluster_hub::{HubSettings, ModelRef, Snapshot};
 use start::Start;
 use std::{
     sync::{
-        Arc,
+        Arc, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -75,6 +75,8 @@ struct Job {
     fruitless: u32,
     /// Batches that came back, in all epochs of this run.
     batches_done: AtomicU64,
+    /// Workers that the engines could be planned over again.
+    more: std::sync::Mutex<Option<Vec<String>>>,
     /// Held while a checkpoint is written, which goes on when its epoch is lost.
     writing: Arc<Mutex<()>>,
 }
@@ -84,6 +86,8 @@ enum End {
     Finished,
     Stopped,
     Failed(String),
+    /// All is kept, to go on over these workers too.
+    Grows(Vec<String>),
 }
 
 impl Job {
@@ -125,6 +129,7 @@ impl Job {
             micro_rows,
             fruitless: 0,
             batches_done: AtomicU64::new(0),
+            more: std::sync::Mutex::default(),
             writing: Arc::default(),
         })
     }
@@ -163,7 +168,9 @@ impl Job {
                 Some(RunnerNote::Ended { failure: Some(failure) }) => return Ended::Already(Outcome::Failed(failure.to_string())),
                 Some(RunnerNote::Ended { failure: None }) => return Ended::Already(Outcome::Stopped),
                 Some(RunnerNote::Drain { .. }) => return Ended::Now(Outcome::Stopped),
-                Some(RunnerNote::Broken { cause, .. }) => self.lost(&cause),
+                Some(RunnerNote::Broken { cause, .. }) => self.lost(cause.as_deref()),
+                // There is nothing to keep first: another note follows once an epoch runs.
+                Some(RunnerNote::CouldGrow { .. }) => {}
                 Some(RunnerNote::Planned(plan)) => {
                     if let Err(failure) = self.planned(plan) {
                         return Ended::Now(Outcome::Failed(failure));
@@ -188,7 +195,16 @@ impl Job {
         Ok(())
     }
 
-    fn lost(&self, cause: &str) {
+    fn more(&self) -> MutexGuard<'_, Option<Vec<String>>> {
+        self.more.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_more(&self) -> Option<Vec<String>> {
+        self.more().take()
+    }
+
+    fn lost(&self, cause: Option<&str>) {
+        let Some(cause) = cause else { return };
         let (worker, cause) = cause.strip_prefix("worker ").and_then(|rest| rest.split_once(": ")).unwrap_or(("", cause));
         self.context.reporter.worker_lost(worker, cause);
     }
@@ -199,6 +215,7 @@ impl Job {
             return Next::End(Ended::Now(Outcome::Failed("engines without a plan; please report this".into())));
         };
         let before = self.batches_done.load(Ordering::Relaxed);
+        self.take_more();
         let ran = {
             let work = EpochRun::run(self, &plan, epoch, &engines);
             tokio::pin!(work);
@@ -207,6 +224,7 @@ impl Job {
                     ran = &mut work => break Ok(ran),
                     note = notes.recv() => match note {
                         Some(RunnerNote::Broken { epoch: over, cause }) if over == epoch => break Err(NoteEnd::Broken(cause)),
+                        Some(RunnerNote::CouldGrow { epoch: of, workers }) if of == epoch => *self.more() = Some(workers),
                         Some(RunnerNote::Drain { .. }) => self.context.stop.cancel(),
                         Some(RunnerNote::Ended { failure }) => break Err(NoteEnd::Ended(failure.map(|failure| failure.to_string()))),
                         None => break Err(NoteEnd::Ended(Some("the coordinator is stopping".into()))),
@@ -219,7 +237,7 @@ impl Job {
         if self.fruitless >= FRUITLESS_MAX {
             let why = match &ran {
                 Ok(Err(fault)) => fault.message.clone(),
-                Err(NoteEnd::Broken(cause)) => cause.clone(),
+                Err(NoteEnd::Broken(Some(cause))) => cause.clone(),
                 _ => "see the workers' logs".to_owned(),
             };
             return Next::End(Ended::Now(Outcome::Failed(format!(
@@ -230,6 +248,13 @@ impl Job {
             Ok(Ok(End::Finished)) => Next::End(Ended::Now(Outcome::Finished)),
             Ok(Ok(End::Stopped)) => Next::End(Ended::Now(Outcome::Stopped)),
             Ok(Ok(End::Failed(failure))) => Next::End(Ended::Now(Outcome::Failed(failure))),
+            Ok(Ok(End::Grows(workers))) => {
+                let (who, is) = (workers.join(" and "), if workers.len() == 1 { "is" } else { "are" });
+                self.context.reporter.note(format!("{who} {is} there again: planned anew over all workers"));
+                // A note about the end of the epoch follows.
+                drop(self.context.commands.send(ServingCommand::PlanAgain { instance: self.context.instance, epoch }).await);
+                Next::Epoch
+            }
             Ok(Err(fault)) => {
                 let instance = self.context.instance;
                 let broken = ServingCommand::Broken { instance, epoch, node: fault.node, message: fault.message };
@@ -238,7 +263,7 @@ impl Job {
                 Next::Epoch
             }
             Err(NoteEnd::Broken(cause)) => {
-                self.lost(&cause);
+                self.lost(cause.as_deref());
                 Next::Epoch
             }
             Err(NoteEnd::Ended(Some(failure))) => Next::End(Ended::Already(Outcome::Failed(failure))),
@@ -249,7 +274,7 @@ impl Job {
 
 /// What a note says about an epoch that runs.
 enum NoteEnd {
-    Broken(String),
+    Broken(Option<String>),
     Ended(Option<String>),
 }
 

@@ -106,7 +106,15 @@ impl World {
             Effect::TrainingBroken { instance, epoch, cause } => {
                 let runner = self.jobs.get_mut(&instance).expect("a job");
                 assert_eq!(runner.ready.take(), Some(epoch), "told once, in order");
-                runner.causes.push(cause);
+                runner.causes.push(cause.unwrap_or_else(|| "as asked".into()));
+            }
+            Effect::TrainingCouldGrow { instance, epoch, workers } => {
+                let runner = self.jobs.get_mut(&instance).expect("a job");
+                assert_eq!(runner.ready, Some(epoch), "told while it runs");
+                runner.could_have.push(workers);
+                if self.saves {
+                    self.after(delay + ms(200), Later::Tell(Event::PlanAgain { instance, epoch }));
+                }
             }
             Effect::TrainingDrain { instance, .. } => {
                 self.jobs.get_mut(&instance).expect("a job").drains += 1;

@@ -134,6 +134,11 @@ impl<'a> EpochRun<'a> {
             if job.context.stop.is_cancelled() {
                 return self.stopped().await;
             }
+            if let Some(workers) = job.take_more() {
+                self.settle().await?;
+                self.save(false).await?;
+                return Ok(End::Grows(workers));
+            }
             if let Some(evaluation) = &next.evaluation {
                 self.settle().await?;
                 self.evaluate(next.iteration, evaluation).await?;
