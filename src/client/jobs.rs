@@ -1,7 +1,10 @@
 //! Fine-tuning jobs of a coordinator: started, watched, stopped and resumed.
 
 use super::{Client, Lines, STATUS_TIMEOUT, refusal};
-use crate::failure::{Exit, Failure};
+use crate::{
+    failure::{Exit, Failure},
+    progress::suspended,
+};
 use anyhow::Context;
 use futures_util::StreamExt;
 use mlx_cluster_common::training::TrainStrategy;
@@ -84,7 +87,13 @@ impl Client {
                 }
                 match serde_json::from_str(data) {
                     Ok(event) => each(event)?,
-                    Err(error) => return Err(error_event(data).unwrap_or_else(|| error.into())),
+                    Err(error) => match error_event(data) {
+                        Some(error) => return Err(error),
+                        // The others are worth something still.
+                        None => suspended(|| {
+                            eprintln!("an event of job {id} cannot be read ({error}): is the coordinator of another version?");
+                        }),
+                    },
                 }
             }
         }

@@ -45,7 +45,6 @@ pub(super) struct Fault {
 pub(super) struct Done {
     /// By batch: the mean loss over the targets that count.
     pub(super) losses: BTreeMap<u64, f64>,
-    pub(super) learning_rate: f32,
     /// Of all engines together.
     pub(super) busy: Duration,
     pub(super) waiting: Duration,
@@ -163,7 +162,7 @@ impl Engines {
     /// Waits for batches that were sent, by the number of the last one; they come back in the order in which they were sent.
     pub(super) async fn done(&mut self, number: u64) -> Result<Done, Fault> {
         let zero = Duration::ZERO;
-        let mut all = Done { losses: BTreeMap::new(), learning_rate: 0.0, busy: zero, waiting: zero, peaks: BTreeMap::new() };
+        let mut all = Done { losses: BTreeMap::new(), busy: zero, waiting: zero, peaks: BTreeMap::new() };
         let is_split = self.spread.parallel == Parallel::Tensor;
         for (engine, report) in self.reports().await? {
             let done = match report {
@@ -176,7 +175,6 @@ impl Engines {
                     *all.losses.entry(batch).or_default() += loss;
                 }
             }
-            all.learning_rate = done.learning_rate;
             all.busy += Duration::from_nanos(done.busy_ns);
             all.waiting += Duration::from_nanos(done.waiting_ns);
             all.peaks.insert(engine.at.name.clone(), done.peak_bytes);

@@ -21,15 +21,42 @@ const LINE_BYTES: u64 = 1024;
 /// The files of one run. Numbers stand there unrounded, each as the shortest decimal that reads back as the same.
 #[derive(Debug)]
 pub struct Metrics {
-    files: Vec<(PathBuf, File)>,
+    /// In the job's folder.
+    own: (PathBuf, File),
+    beside: Beside,
     /// With the folder that it is in.
     tensorboard: Option<(PathBuf, EventFile)>,
 }
 
+/// The file beside the adapter.
+#[derive(Debug)]
+enum Beside {
+    /// The job has no adapter.
+    Nowhere,
+    /// There is nothing to write yet, so what another job left stays; then it makes room.
+    Waits(PathBuf),
+    Open(PathBuf, File),
+}
+
+/// Whose reports may be beside the adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// Of other adapters that were in this place: they make room for this job's.
+    Replaced,
+    /// Of how the adapter was made, which this job only tests.
+    Kept,
+}
+
 impl Metrics {
-    /// For a job that has done `iteration` batches. Of what is there, reports that will be made again are cut off; beside the adapter the
-    /// reports of other jobs make room. TensorBoard's event files go into the folder of that name, where one is given.
-    pub fn resume(job_folder: &Path, adapter_path: &Path, iteration: u64, tensorboard: Option<&Path>) -> Result<Self, FileError> {
+    /// For a job that has done `iteration` batches. Of what is there, reports that will be made again are cut off. No `adapter_path`: the job's own
+    /// folder alone. TensorBoard's event files go into the folder of that name, where one is given.
+    pub fn resume(
+        job_folder: &Path,
+        adapter_path: Option<&Path>,
+        others: Others,
+        iteration: u64,
+        tensorboard: Option<&Path>,
+    ) -> Result<Self, FileError> {
         let path = job_folder.join(METRICS_FILE);
         let text = match attempt("read", &path, || fs::read(&path)) {
             Err(error) if error.is_not_found() => Vec::new(),
@@ -37,20 +64,30 @@ impl Metrics {
         };
         let text = String::from_utf8_lossy(&text);
         let kept: String = text.lines().filter(|line| is_past(line, iteration)).flat_map(|line| [line, "\n"]).collect();
-        make_folder(adapter_path)?;
-        let files = [path, adapter_path.join(METRICS_FILE)].map(|path| {
-            write_atomically(&path, kept.as_bytes())?;
-            let file = attempt("open", &path, || OpenOptions::new().append(true).open(&path))?;
-            Ok((path, file))
-        });
-        let files = files.into_iter().collect::<Result<_, FileError>>()?;
+        write_atomically(&path, kept.as_bytes())?;
+        let own = (path.clone(), opened(&path)?);
+        let beside = match adapter_path {
+            None => Beside::Nowhere,
+            Some(folder) => {
+                make_folder(folder)?;
+                let path = folder.join(METRICS_FILE);
+                match others {
+                    Others::Replaced if kept.is_empty() => Beside::Waits(path),
+                    Others::Replaced => {
+                        write_atomically(&path, kept.as_bytes())?;
+                        Beside::Open(path.clone(), opened(&path)?)
+                    }
+                    Others::Kept => Beside::Open(path.clone(), opened(&path)?),
+                }
+            }
+        };
         let events = |folder: &Path| {
             make_folder(folder)?;
             let file = attempt("write TensorBoard's events into", folder, || EventFile::create(folder, SystemTime::now()))?;
             Ok::<_, FileError>((folder.to_path_buf(), file))
         };
         let tensorboard = tensorboard.map(events).transpose()?;
-        Ok(Self { files, tensorboard })
+        Ok(Self { own, beside, tensorboard })
     }
 
     pub fn train(&mut self, report: &TrainReport) -> Result<(), FileError> {
@@ -66,7 +103,16 @@ impl Metrics {
     }
 
     fn append(&mut self, report: &impl Serialize) -> Result<(), FileError> {
-        for (path, file) in &mut self.files {
+        if let Beside::Waits(path) = &self.beside {
+            write_atomically(path, b"")?;
+            self.beside = Beside::Open(path.clone(), opened(path)?);
+        }
+        let (own, file) = &mut self.own;
+        let beside = match &mut self.beside {
+            Beside::Open(path, file) => Some((&*path, file)),
+            Beside::Nowhere | Beside::Waits(_) => None,
+        };
+        for (path, file) in [(&*own, file)].into_iter().chain(beside) {
             attempt("write", path, || {
                 let mut line = serde_json::to_vec(report)?;
                 line.push(b'\n');
@@ -82,6 +128,10 @@ impl Metrics {
         });
         added.map_err(|error| error.of_writing(folder, LINE_BYTES))
     }
+}
+
+fn opened(path: &Path) -> Result<File, FileError> {
+    attempt("open", path, || OpenOptions::new().append(true).create(true).open(path))
 }
 
 /// Whether a job that has done `iteration` batches will not make this report again. Losses of validation are reported before the batch
@@ -111,7 +161,7 @@ mod tests {
         }
 
         fn resume(&self, iteration: u64) -> Metrics {
-            Metrics::resume(self.job.path(), &self.adapter.path().join("new"), iteration, None).unwrap()
+            Metrics::resume(self.job.path(), Some(&self.adapter.path().join("new")), Others::Replaced, iteration, None).unwrap()
         }
 
         /// What both files hold.
@@ -167,7 +217,7 @@ mod tests {
     fn event_files_are_written_on_request() {
         let folders = Folders::new();
         let events = folders.adapter.path().join("my-run");
-        let mut metrics = Metrics::resume(folders.job.path(), folders.adapter.path(), 0, Some(&events)).unwrap();
+        let mut metrics = Metrics::resume(folders.job.path(), Some(folders.adapter.path()), Others::Replaced, 0, Some(&events)).unwrap();
         let bytes = || {
             let files = fs::read_dir(&events).unwrap().map(|entry| entry.unwrap());
             let events: Vec<_> = files.filter(|file| file.file_name().to_string_lossy().starts_with("events.out.tfevents")).collect();
@@ -181,11 +231,27 @@ mod tests {
     }
 
     #[test]
-    fn reports_of_another_job_beside_the_adapter_make_room() {
+    fn reports_of_another_job_beside_the_adapter_make_room_when_there_is_something_to_say() {
         let folders = Folders::new();
         folders.resume(0).train(&train(5)).unwrap();
+        let before = folders.lines();
         let other = Folders { job: tempfile::tempdir().unwrap(), adapter: folders.adapter };
-        other.resume(0);
-        assert_eq!(other.lines(), Vec::<String>::new());
+        let mut metrics = other.resume(0);
+        let beside = || fs::read_to_string(other.adapter.path().join("new").join(METRICS_FILE)).unwrap();
+        assert_eq!(beside().lines().collect::<Vec<_>>(), before);
+        metrics.train(&train(1)).unwrap();
+        assert_eq!(other.lines().len(), 1);
+    }
+
+    #[test]
+    fn a_test_of_an_adapter_adds_to_what_is_known_of_it() {
+        let folders = Folders::new();
+        folders.resume(0).train(&train(5)).unwrap();
+        let (job, adapter) = (tempfile::tempdir().unwrap(), folders.adapter.path().join("new"));
+        let mut metrics = Metrics::resume(job.path(), Some(&adapter), Others::Kept, 0, None).unwrap();
+        metrics.test(&TestReport { test_loss: 0.1, test_ppl: 1.1 }).unwrap();
+        assert_eq!(fs::read_to_string(adapter.join(METRICS_FILE)).unwrap().lines().count(), 2);
+        assert_eq!(fs::read_to_string(job.path().join(METRICS_FILE)).unwrap().lines().count(), 1);
+        Metrics::resume(job.path(), None, Others::Kept, 0, None).unwrap();
     }
 }

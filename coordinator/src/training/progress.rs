@@ -14,7 +14,8 @@ pub(super) struct Progress {
     pub(super) since: SinceReport,
     /// By worker: most bytes that MLX had in use.
     peaks: BTreeMap<String, u64>,
-    learning_rate: f32,
+    /// See [`TrainReport::learning_rate`].
+    pub(super) learning_rate: f32,
 }
 
 impl Progress {
@@ -36,7 +37,6 @@ impl Progress {
             let known = self.peaks.entry(worker.clone()).or_default();
             *known = (*known).max(*peak);
         }
-        self.learning_rate = done.learning_rate;
     }
 
     /// What the batches since the last report came to; the next one begins with nothing.
@@ -65,7 +65,7 @@ mod tests {
 
     fn done(peak: u64) -> Done {
         let (busy, waiting) = (Duration::from_millis(300), Duration::from_millis(100));
-        Done { losses: BTreeMap::new(), learning_rate: 1e-4, busy, waiting, peaks: BTreeMap::from([("mini".into(), peak)]) }
+        Done { losses: BTreeMap::new(), busy, waiting, peaks: BTreeMap::from([("mini".into(), peak)]) }
     }
 
     #[test]

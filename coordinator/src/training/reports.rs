@@ -1,6 +1,6 @@
 //! What a job reports, with mlx-lm's names and units, and the sentences in which it is told.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::{collections::BTreeMap, fmt};
 
 /// Means and totals since the report before.
@@ -9,7 +9,7 @@ pub struct TrainReport {
     /// Batches done.
     pub iteration: u64,
     pub train_loss: f32,
-    /// Of the next update.
+    /// Of the last update, and before the first one of that.
     pub learning_rate: f32,
     pub iterations_per_second: f64,
     pub tokens_per_second: f64,
@@ -27,6 +27,7 @@ pub struct TrainReport {
 pub struct ValReport {
     /// Batches done before, as mlx-lm reports to callbacks; it prints one more.
     pub iteration: u64,
+    #[serde(deserialize_with = "or_nan")]
     pub val_loss: f32,
     /// In seconds.
     pub val_time: f64,
@@ -34,9 +35,21 @@ pub struct ValReport {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TestReport {
+    #[serde(deserialize_with = "or_nan")]
     pub test_loss: f32,
     /// Perplexity: e to the loss.
-    pub test_ppl: f32,
+    #[serde(deserialize_with = "or_infinity")]
+    pub test_ppl: f64,
+}
+
+/// JSON has no number for what is none.
+fn or_nan<'de, D: Deserializer<'de>>(number: D) -> Result<f32, D::Error> {
+    Ok(Option::deserialize(number)?.unwrap_or(f32::NAN))
+}
+
+/// Of a loss beyond 709.
+fn or_infinity<'de, D: Deserializer<'de>>(number: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(number)?.unwrap_or(f64::INFINITY))
 }
 
 /// As mlx-lm prints it, with the peak of each worker and the time share of communication.
@@ -116,6 +129,8 @@ pub(super) mod tests {
         );
         assert_eq!(val(0).to_string(), "Iter 1: Val loss 3.250, Val took 0.500s");
         assert_eq!(TestReport { test_loss: 1.0, test_ppl: 2.7 }.to_string(), "Test loss 1.000, Test ppl 2.700.");
+        let unlikely: TestReport = serde_json::from_str(r#"{"test_loss": null, "test_ppl": null}"#).unwrap();
+        assert_eq!(unlikely.to_string(), "Test loss NaN, Test ppl inf.");
         assert_eq!([exponential(0.0), exponential(123456.0), exponential(f32::NAN)], ["0.000e+00", "1.235e+05", "NaN"]);
     }
 }

@@ -4,7 +4,7 @@ use super::{
     checkpoint::Checkpoints,
     events::{EventLog, JobEvent},
     files::FileError,
-    metrics::Metrics,
+    metrics::{Metrics, Others},
     reports::{TestReport, TrainReport, ValReport},
     store::{JobFolder, JobRecord, JobState, StoreError},
 };
@@ -183,5 +183,7 @@ fn open_metrics(folder: &JobFolder, record: &JobRecord, iteration: u64) -> Resul
     let adapter_path = &record.config.adapter_path;
     // TensorBoard calls a run by its folder.
     let events = record.config.project_name.as_ref().map_or_else(|| adapter_path.clone(), |name| adapter_path.join(name));
-    Metrics::resume(folder.path(), adapter_path, iteration, record.config.tensorboard.then_some(&*events))
+    let others = if record.config.train { Others::Replaced } else { Others::Kept };
+    let adapter_path = (!adapter_path.as_os_str().is_empty()).then_some(&**adapter_path);
+    Metrics::resume(folder.path(), adapter_path, others, iteration, record.config.tensorboard.then_some(&*events))
 }

@@ -75,7 +75,10 @@ fn conclude(shown: &Shown, job: &StartedJob, stop: &CancellationToken) -> anyhow
             Err(Failure::new(Exit::Other, message).into())
         }
         _ => {
-            println!("job {id} finished; the adapter is in {adapter_path}");
+            match adapter_path.as_str() {
+                "" => println!("job {id} finished"),
+                path => println!("job {id} finished; the adapter is in {path}"),
+            }
             Ok(())
         }
     }

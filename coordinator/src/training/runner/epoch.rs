@@ -4,14 +4,18 @@ use super::{Checkpoint, End, Job, export_config};
 use crate::{
     core::event::EngineAt,
     training::{
-        checkpoint::{CheckpointState, CheckpointWriter, Part, SavedTensor},
+        checkpoint::{CheckpointError, CheckpointState, CheckpointWriter, Part, SavedTensor},
         data::{Batches, batch_targets},
         engines::{Engines, Fault, SaveError, Spread},
         progress::Progress,
         reports::{TestReport, ValReport},
     },
 };
-use mlx_cluster_common::{ids::Epoch, plan::Plan, training::Row};
+use mlx_cluster_common::{
+    ids::Epoch,
+    plan::Plan,
+    training::{Row, TrainingConfig},
+};
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -110,7 +114,6 @@ impl<'a> EpochRun<'a> {
         };
         if checkpoint.is_none() {
             note.into_iter().for_each(|note| job.context.reporter.note(note));
-            kept(export_config(&job.config, &job.config.adapter_path))?;
             // Whoever is lost before the first regular checkpoint leaves the others with weights that have moved on.
             run.save(false).await?;
         }
@@ -218,6 +221,8 @@ impl<'a> EpochRun<'a> {
             self.progress.add(&done, loss, counted, each);
             self.job.batches_done.fetch_add(1, Ordering::Relaxed);
             self.progress.updates += u64::from(self.is_update(number));
+            // Of the last update, and before the first one of that, as in mlx-lm; those that are gathered come back together.
+            self.progress.learning_rate = self.job.facts.role.schedule.at(self.progress.updates.saturating_sub(1));
             if number % config.steps_per_report == 0 || number == config.iters {
                 let report = self.progress.report();
                 kept(self.job.context.reporter.train(report))?;
@@ -262,9 +267,19 @@ impl<'a> EpochRun<'a> {
         }
         let start = Instant::now();
         let rows = evaluation.iter().map(|batch| self.job.examples.valid_rows(batch)).collect();
-        let loss = self.mean_loss(rows).await?;
-        let report = ValReport { iteration: iteration - 1, val_loss: loss, val_time: start.elapsed().as_secs_f64() };
-        kept(self.job.context.reporter.val(report))?;
+        match self.mean_loss(rows).await? {
+            Some(loss) if !loss.is_finite() => {
+                return Err(self.diverged(format!("the validation loss before iteration {iteration} is {loss}")).await);
+            }
+            Some(loss) => {
+                let report = ValReport { iteration: iteration - 1, val_loss: loss, val_time: start.elapsed().as_secs_f64() };
+                kept(self.job.context.reporter.val(report))?;
+            }
+            None => self.job.context.reporter.note(format!(
+                "no validation loss before iteration {iteration}: no target of its batches counts; with `mask_prompt`, answers have to be within \
+                 `max_seq_length`"
+            )),
+        }
         self.last = Instant::now();
         Ok(())
     }
@@ -272,12 +287,21 @@ impl<'a> EpochRun<'a> {
     async fn test(&mut self, trained: Option<&mut Batches>) -> Result<(), Stop> {
         let batches = self.job.examples.test_batches(trained).map_err(|error| Stop::Failed(error.to_string()))?;
         let rows = batches.iter().map(|batch| self.job.examples.test_rows(batch)).collect();
-        let test_loss = self.mean_loss(rows).await?;
-        kept(self.job.context.reporter.test(TestReport { test_loss, test_ppl: test_loss.exp() }))
+        match self.mean_loss(rows).await? {
+            Some(test_loss) if test_loss.is_finite() => {
+                kept(self.job.context.reporter.test(TestReport { test_loss, test_ppl: f64::from(test_loss).exp() }))
+            }
+            Some(loss) => {
+                Err(Stop::Failed(format!("the loss of the test set is {loss}: the numbers of the adapter or of the model are too large")))
+            }
+            None => Err(Stop::Failed(
+                "no target of the test set counts: with `mask_prompt`, its examples need answers within `max_seq_length`".into(),
+            )),
+        }
     }
 
-    /// Over all targets that count in these batches.
-    async fn mean_loss(&mut self, batches: Vec<Vec<Row>>) -> Result<f32, Stop> {
+    /// Over all targets that count in these batches; None where none does.
+    async fn mean_loss(&mut self, batches: Vec<Vec<Row>>) -> Result<Option<f32>, Stop> {
         let (mut losses, mut targets) = (0.0, 0);
         let mut on_the_way: VecDeque<(u64, u64)> = VecDeque::new();
         let mut batches = batches.into_iter().filter(|rows| batch_targets(rows) > 0).peekable();
@@ -297,7 +321,7 @@ impl<'a> EpochRun<'a> {
                 }
             }
         }
-        Ok((losses / targets as f64) as f32)
+        Ok((targets > 0).then(|| (losses / targets as f64) as f32))
     }
 
     /// A checkpoint as of the last update, and the adapter where mlx-lm puts it.
@@ -329,11 +353,11 @@ impl<'a> EpochRun<'a> {
             data_fingerprint: job.fingerprint.clone(),
             config: job.config.clone(),
         };
-        let adapter_path = job.config.adapter_path.clone();
+        let config = job.config.clone();
         let written = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let checkpoint = kept_text(writer.finish(state))?;
-            kept_text(checkpoint.export(&adapter_path, is_numbered.then_some(number)))
+            kept_text(exported(&checkpoint, &config, is_numbered.then_some(number)))
         });
         written.await.map_err(|error| Stop::Failed(error.to_string()))?.map_err(Stop::Failed)?;
         kept(job.context.reporter.saved(iteration))?;
@@ -354,13 +378,23 @@ async fn newest(job: &Job) -> Result<Option<Checkpoint>, Stop> {
 /// The adapter of a checkpoint may not have got to where mlx-lm puts it.
 async fn export(job: &Job, checkpoint: Checkpoint) -> Result<(), Stop> {
     let turn = Arc::clone(&job.writing).lock_owned().await;
-    let (adapter_path, iteration) = (job.config.adapter_path.clone(), checkpoint.state.iteration);
-    let number = (iteration > 0 && iteration.is_multiple_of(job.config.save_every)).then_some(iteration);
-    let exported = tokio::task::spawn_blocking(move || {
+    let (config, iteration) = (job.config.clone(), checkpoint.state.iteration);
+    let number = iteration.is_multiple_of(config.save_every).then_some(iteration);
+    let done = tokio::task::spawn_blocking(move || {
         let _turn = turn;
-        checkpoint.export(&adapter_path, number)
+        exported(&checkpoint, &config, number)
     });
-    kept(exported.await.map_err(|error| Stop::Failed(error.to_string()))?)
+    kept(done.await.map_err(|error| Stop::Failed(error.to_string()))?)
+}
+
+/// Puts the adapter and its config where mlx-lm does. Before the first update there is nothing that would be worth what may lie there of an earlier
+/// job.
+fn exported(checkpoint: &Checkpoint, config: &TrainingConfig, number: Option<u64>) -> Result<(), CheckpointError> {
+    if checkpoint.state.iteration == 0 {
+        return Ok(());
+    }
+    export_config(config, &config.adapter_path)?;
+    checkpoint.export(&config.adapter_path, number)
 }
 
 /// Brings the engines to where the job is.

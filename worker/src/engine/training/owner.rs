@@ -249,7 +249,6 @@ impl Owner {
             busy_ns: all.saturating_sub(times.waiting).as_nanos() as u64,
             waiting_ns: times.waiting.as_nanos() as u64,
             peak_bytes,
-            learning_rate: self.stage.updates().learning_rate(),
         };
         tell(reports, Report::Done(done))
     }
