@@ -40,6 +40,8 @@ WAIT_S = 180
 NOTICED_S = 15
 VICTIMS = ["engine", "worker", "coordinator"]
 ITERATIONS, SAVE_EVERY = 40, 4
+# Some seconds more than a worker takes to come back.
+GROWN_ITERATIONS = 200
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Cluster(Processes):
             raise RuntimeError(f"{' '.join(args)}: {run.stderr.strip()[-400:]}")
         return run.stdout
 
-    def begin(self, adapter: str) -> "Job":
+    def begin(self, adapter: str, **changes) -> "Job":
         settings = {
             "model": str(self.model), "data": str(self.data), "adapter_path": str(self.folder / adapter), "train": True, "test": True,
             "fine_tune_type": self.layout.fine_tune, "num_layers": -1, "batch_size": 4, "iters": ITERATIONS, "save_every": SAVE_EVERY, "steps_per_report": 1, "steps_per_eval": 9,
@@ -138,6 +140,7 @@ class Cluster(Processes):
             "grad_accumulation_steps": self.layout.accumulation,
             "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1},
             "lr_schedule": {"name": "cosine_decay", "warmup": 5, "arguments": [1e-3, ITERATIONS, 1e-5]},
+            **changes,
         }
         path = self.folder / "lora.json"
         path.write_text(json.dumps(settings))
@@ -293,6 +296,23 @@ class Kills:
         self.cluster.start_worker("worker1")
         return why or self.said(job, "worker1")
 
+    def come_back(self) -> str | None:
+        """A worker comes back when the job has gone on without it, and the job takes it again. Its settings are those of the whole one but for their number."""
+        job = self.cluster.begin("grown", iters=GROWN_ITERATIONS)
+        self.cluster.until(lambda: job.look()["iteration"] >= 2, "it does not begin")
+        self.cluster.kill("worker1")
+        self.cluster.until(lambda: "goes on from the checkpoint" in job.logs(), "it does not go on without the worker", pause=0.2)
+        self.cluster.start_worker("worker1")
+        grown = "worker1 is there again"
+        self.cluster.until(lambda: grown in job.logs() or not job.is_active(), "it does not take the worker again", pause=0.2)
+        job.finish()
+        logs, plans = job.logs(), job.logs().count("plan to train")
+        if grown not in logs or plans != 3:
+            return f"{plans} plans in\n{logs}"
+        again = self.cluster.begin("not cut", iters=GROWN_ITERATIONS)
+        again.finish()
+        return difference(job.results(), again.results())
+
     def said(self, job: Job, worker: str) -> str | None:
         """Whether the log says who was lost, and what happens next."""
         logs = job.logs()
@@ -356,6 +376,7 @@ def main() -> None:
                     report.check(f"{layout.name}: {' and '.join(hit)} killed at {part:.0%}", kills.kill, hit, part)
                 if layout.name == "pipeline":
                     report.check(f"{layout.name}: a worker never comes back", kills.lose)
+                    report.check(f"{layout.name}: a worker comes back late", kills.come_back)
     report.close()
 
 
