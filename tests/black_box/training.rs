@@ -155,10 +155,10 @@ fn a_job_that_diverges_stops_and_keeps_its_last_good_checkpoint() {
     let kept = bench.checkpoints(&bench.last()).join("0000001/adapters.safetensors");
     assert!(numbers(&adapter).iter().all(|number| number.is_finite()));
     let kept = fs::read(kept).unwrap();
-    assert_eq!(fs::read(&adapter).unwrap(), kept);
+    assert!(fs::read(&adapter).unwrap() == kept);
     // One that makes the weights themselves none is not saved.
     bench.train(&sgd(3e38, 1e6)).expect_refusal(1, &["not finite after iteration 1", "lower the learning rate", "of iteration 0"]);
-    assert_eq!(fs::read(&adapter).unwrap(), kept, "a job that came to nothing leaves what an earlier one made");
+    assert!(fs::read(&adapter).unwrap() == kept, "a job that came to nothing leaves what an earlier one made");
     let id = bench.last();
     assert!(!bench.checkpoints(&id).join("0000001").exists());
 

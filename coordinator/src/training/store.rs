@@ -96,6 +96,9 @@ pub struct JobRecord {
     pub state: JobState,
     /// Unix seconds.
     pub created: u64,
+    /// Nanoseconds after them: several jobs can be made in one second, and run in their order.
+    #[serde(default)]
+    pub created_ns: u32,
     /// Batches done, as of the last report.
     pub iteration: u64,
     pub strategy: TrainStrategy,
@@ -112,6 +115,13 @@ pub struct JobRecord {
     /// Of the examples that it is trained on, once they are read.
     pub data_fingerprint: Option<String>,
     pub config: TrainingConfig,
+}
+
+impl JobRecord {
+    /// By age, the oldest first.
+    fn order(&self) -> (u64, u32, &JobId) {
+        (self.created, self.created_ns, &self.id)
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -152,11 +162,12 @@ impl JobStore {
                 made => break (id, made.map(|()| path)?),
             }
         };
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let record = JobRecord {
             id,
             state: JobState::Queued,
-            created,
+            created: since.as_secs(),
+            created_ns: since.subsec_nanos(),
             iteration: 0,
             strategy,
             split,
@@ -184,7 +195,7 @@ impl JobStore {
         let folders = names.iter().filter_map(|name| self.folder(&JobId::parse(name.to_str()?)?));
         let read = |folder: JobFolder| folder.read().inspect_err(|error| tracing::warn!(%error, "a job is left out")).ok();
         let mut records: Vec<JobRecord> = folders.filter_map(read).collect();
-        records.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+        records.sort_by(|a, b| a.order().cmp(&b.order()));
         Ok(records)
     }
 
@@ -277,9 +288,7 @@ mod tests {
         record.plan = Some("two stages".into());
         folder.write(&record).unwrap();
         let (_, other) = create(&store);
-        let mut wanted = vec![record.clone(), other];
-        wanted.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
-        assert_eq!(JobStore::open(home.path()).unwrap().list().unwrap(), wanted);
+        assert_eq!(JobStore::open(home.path()).unwrap().list().unwrap(), [record.clone(), other], "in the order in which they were made");
         assert_eq!(store.folder(&record.id), Some(folder));
         let json: serde_json::Value =
             serde_json::from_slice(&fs::read(home.path().join("jobs").join(record.id.as_str()).join("job.json")).unwrap()).unwrap();
