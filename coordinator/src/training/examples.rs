@@ -74,12 +74,20 @@ impl Examples {
             },
             test_batches: config.test_batches,
         };
-        // Too few of them are refused before anything is loaded, also those that are needed at the very end.
-        examples.batches()?;
-        if let Some(test) = &examples.test {
-            Grouped::new(test, examples.batch_size)?;
-        }
+        examples.check()?;
         Ok(examples)
+    }
+
+    /// Batches that are too few, or that nothing can be learned from, are refused before anything is loaded, also those that are needed
+    /// at the very end.
+    fn check(&self) -> Result<(), ExamplesError> {
+        if let (Some((batches, _)), Some(train)) = (self.batches()?, &self.train) {
+            batches.check_trained(train)?;
+        }
+        for set in [&self.valid, &self.test].into_iter().flatten() {
+            Grouped::new(set, self.batch_size)?.check_evaluated(set)?;
+        }
+        Ok(())
     }
 
     /// The longest row, in tokens.
@@ -149,3 +157,6 @@ fn source(config: &TrainingConfig) -> DataSource {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,16 @@ pub enum BatchError {
          batch_size, or turn packing off"
     )]
     TooFewRows { set: String, examples: usize, rows: usize, batch_size: usize },
+    #[error(
+        "{batches} of the batches to be trained on have no target that counts, the first of their examples is number {example} of {set}: \
+         with mask_prompt, an answer must begin within max_seq_length = {max_seq_length}; raise that, or shorten or remove such examples"
+    )]
+    NothingToLearn { set: String, batches: usize, example: u64, max_seq_length: usize },
+    #[error(
+        "no target of {set} counts, so that it has no loss: with mask_prompt, an answer must begin within max_seq_length = \
+         {max_seq_length}; raise that, or replace its examples"
+    )]
+    NothingToEvaluate { set: String, max_seq_length: usize },
     #[error("{name} is 0: give at least 1")]
     Zero { name: &'static str },
     #[error("{set} has {examples} examples: at most {} are accepted", u32::MAX)]
@@ -104,6 +114,17 @@ impl Grouped {
         self.0.is_empty()
     }
 
+    /// An evaluation needs something to evaluate.
+    ///
+    /// # Errors
+    /// No target of any batch counts.
+    pub fn check_evaluated(&self, set: &DataSet) -> Result<(), BatchError> {
+        match self.0.iter().any(|batch| has_targets(set, batch)) {
+            true => Ok(()),
+            false => Err(BatchError::NothingToEvaluate { set: set.name.clone(), max_seq_length: set.max_seq_length }),
+        }
+    }
+
     /// The first `limit` batches of one pass. mlx-lm draws nothing when it asks for none.
     fn evaluation(&self, limit: Option<u64>, random: &mut NumpyRandom) -> Vec<Vec<u32>> {
         if limit == Some(0) {
@@ -128,6 +149,28 @@ impl Batches {
             return Err(BatchError::Zero { name: "the number of training batches" });
         }
         Ok(Self { train, valid, plan, random: NumpyRandom::new(plan.seed), epoch: Vec::new(), done: 0 })
+    }
+
+    /// Each batch that is trained on needs something to learn; `set` is what they are made of. Those that no iteration comes to do not
+    /// matter.
+    ///
+    /// # Errors
+    /// Batches of which no target counts.
+    pub fn check_trained(&self, set: &DataSet) -> Result<(), BatchError> {
+        // The first epoch's permutation is the first that is drawn, and a later epoch has no other batches.
+        let order = NumpyRandom::new(self.plan.seed).permutation(self.train.len() as u32);
+        let visited = order.iter().take(usize::try_from(self.plan.iters).unwrap_or(usize::MAX));
+        let idle: Vec<&[u32]> =
+            visited.map(|batch| self.train.0[*batch as usize].as_slice()).filter(|batch| !has_targets(set, batch)).collect();
+        match idle.iter().copied().flatten().min() {
+            None => Ok(()),
+            Some(first) => Err(BatchError::NothingToLearn {
+                set: set.name.clone(),
+                batches: idle.len(),
+                example: u64::from(*first) + 1,
+                max_seq_length: set.max_seq_length,
+            }),
+        }
     }
 
     /// Iterations that are over.
@@ -189,6 +232,10 @@ impl Iterator for Batches {
         let evaluation = self.valid.as_ref().filter(|_| due).map(|valid| valid.evaluation(self.plan.val_batches, &mut self.random));
         Some(Iteration { iteration: self.done, evaluation, batch: self.train.0[batch].clone() })
     }
+}
+
+fn has_targets(set: &DataSet, batch: &[u32]) -> bool {
+    batch.iter().any(|index| set.examples[*index as usize].has_targets(set.max_seq_length))
 }
 
 /// Batches of a test without training before it.

@@ -20,12 +20,12 @@ pub(super) const TEMPLATE: &str = "{% for m in messages %}<|{{ m.role }}|>{{ m.c
      {% if add_generation_prompt %}<|assistant|>{% endif %}{% if enable_thinking %}!{% endif %}";
 
 /// The bytes as tokens, with `<|begin|>` before a text.
-pub(super) fn model(folder: &Path, tokenizer_config: &Value) {
+pub(in crate::training) fn model(folder: &Path, tokenizer_config: &Value) {
     let tokenizer = crate::chat::fixtures::byte_level();
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     std::fs::write(folder.join("tokenizer_config.json"), tokenizer_config.to_string()).unwrap();
 }
 
-pub(super) fn usual_config() -> Value {
+pub(in crate::training) fn usual_config() -> Value {
     json!({"eos_token": "<|end|>", "bos_token": "<|begin|>", "chat_template": TEMPLATE})
 }

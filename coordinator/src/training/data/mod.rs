@@ -9,7 +9,7 @@ mod divide;
 mod encode;
 mod error;
 #[cfg(test)]
-mod fixtures;
+pub(super) mod fixtures;
 mod form;
 mod lines;
 mod locate;

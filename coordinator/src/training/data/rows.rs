@@ -7,6 +7,7 @@
 
 use super::{DataSet, Example};
 use mlx_cluster_common::training::Row;
+use std::ops::Range;
 
 /// What mlx-lm pads with.
 const PAD: u32 = 0;
@@ -15,15 +16,27 @@ impl Example {
     /// Inputs, targets, and which of them count; cut to `max_seq_length` tokens.
     pub fn row(&self, max_seq_length: usize) -> Row {
         let len = self.tokens.len().min(max_seq_length);
-        let inputs = len.min(max_seq_length.saturating_sub(1));
+        let inputs = self.inputs(max_seq_length);
         let mut targets = self.tokens[len.min(1)..len].to_vec();
         if targets.len() < inputs {
             targets.push(PAD);
         }
-        let end = inputs as u32;
+        Row { tokens: self.tokens[..inputs].to_vec(), targets, counted: self.counted(max_seq_length) }
+    }
+
+    /// Whether any target of its row counts.
+    pub(super) fn has_targets(&self, max_seq_length: usize) -> bool {
+        !self.counted(max_seq_length).is_empty()
+    }
+
+    fn inputs(&self, max_seq_length: usize) -> usize {
+        self.tokens.len().min(max_seq_length.saturating_sub(1))
+    }
+
+    fn counted(&self, max_seq_length: usize) -> Range<u32> {
+        let end = self.inputs(max_seq_length) as u32;
         // Steps are counted from 1.
-        let start = self.offset.saturating_sub(1).min(end);
-        Row { tokens: self.tokens[..inputs].to_vec(), targets, counted: start..end }
+        self.offset.saturating_sub(1).min(end)..end
     }
 }
 

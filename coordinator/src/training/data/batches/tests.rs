@@ -27,6 +27,36 @@ fn zeros_are_refused() {
 }
 
 #[test]
+fn batches_without_anything_to_learn_are_refused_before_they_are_reached() {
+    let mut train = set(&[(5, 1), (5, 1), (5, 1), (5, 1)], 10);
+    let check = |train: &DataSet, batch_size: usize, iters: u64| {
+        let grouped = Grouped::new(train, batch_size).unwrap();
+        Batches::new(grouped, None, plan(iters, 10, None, 0)).unwrap().check_trained(train)
+    };
+    assert_eq!(check(&train, 1, 4), Ok(()));
+    (train.examples[1].offset, train.examples[2].offset) = (9, 9);
+    assert_eq!(check(&train, 2, 4), Ok(()), "each has a neighbour with targets");
+    let error = check(&train, 1, 4).unwrap_err();
+    assert_eq!(error, BatchError::NothingToLearn { set: "test data".to_owned(), batches: 2, example: 2, max_seq_length: 10 });
+    let text = error.to_string();
+    assert!(text.contains("the first of their examples is number 2 of test data") && text.contains("max_seq_length = 10"), "{text}");
+    let reached = NumpyRandom::new(0).permutation(4).into_iter().take_while(|batch| !matches!(batch, 1 | 2)).count() as u64;
+    assert_eq!(check(&train, 1, reached), Ok(()), "no iteration comes to them");
+    assert!(check(&train, 1, reached + 1).is_err());
+}
+
+#[test]
+fn an_evaluation_without_any_target_is_refused() {
+    let mut valid = set(&[(5, 1), (5, 1), (5, 1)], 10);
+    valid.examples[0].offset = 9;
+    valid.examples[1].offset = 9;
+    assert_eq!(Grouped::new(&valid, 1).unwrap().check_evaluated(&valid), Ok(()));
+    let error = Grouped::new(&valid, 2).unwrap().check_evaluated(&valid).unwrap_err();
+    assert_eq!(error, BatchError::NothingToEvaluate { set: "test data".to_owned(), max_seq_length: 10 });
+    assert!(error.to_string().starts_with("no target of test data counts"), "{error}");
+}
+
+#[test]
 fn packed_rows_go_through_batches_together() {
     let many = set(&[(6, 1), (5, 1), (4, 1), (3, 1), (10, 1), (2, 1)], 10);
     let grouped = Grouped::packed(&many, &pack(&many), 2).unwrap();
