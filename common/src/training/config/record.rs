@@ -1,7 +1,7 @@
 //! A config as mlx-lm writes it down: every key with its value as given, else its default.
 
 use super::Settings;
-use crate::training::FineTune;
+use crate::training::{Decay, FineTune};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -45,6 +45,24 @@ fn defaults() -> [(&'static str, Value); 30] {
     ]
 }
 
+/// Where whole numbers stand, by key and by JSON pointer within its value.
+const WHOLE: [(&str, &str); 14] = [
+    ("batch_size", ""),
+    ("grad_accumulation_steps", ""),
+    ("iters", ""),
+    ("lora_parameters", "/rank"),
+    ("lr_schedule", "/warmup"),
+    ("max_seq_length", ""),
+    ("num_layers", ""),
+    ("optimizer_config", "/muon/ns_steps"),
+    ("save_every", ""),
+    ("seed", ""),
+    ("steps_per_eval", ""),
+    ("steps_per_report", ""),
+    ("test_batches", ""),
+    ("val_batches", ""),
+];
+
 pub(super) fn of(given: &Map<String, Value>, settings: &Settings) -> Map<String, Value> {
     let mut keys: BTreeMap<String, Value> = defaults().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     keys.extend(given.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), value.clone())));
@@ -53,5 +71,22 @@ pub(super) fn of(given: &Map<String, Value>, settings: &Settings) -> Map<String,
     if settings.fine_tune == FineTune::Full {
         keys.insert("lora_parameters".into(), Value::Null);
     }
+    let steps = match settings.schedule.decay {
+        Decay::Cosine { .. } => Some(("lr_schedule", "/arguments/1")),
+        Decay::Step { .. } | Decay::Linear { .. } => Some(("lr_schedule", "/arguments/2")),
+        Decay::Constant { .. } | Decay::Exponential { .. } => None,
+    };
+    for (key, place) in WHOLE.into_iter().chain(steps) {
+        if let Some(number) = keys.get_mut(key).and_then(|value| value.pointer_mut(place)) {
+            make_whole(number);
+        }
+    }
     keys.into_iter().collect()
+}
+
+/// Where 8.0 was accepted as 8: a float is no rank and no number of layers to whoever loads the adapter.
+fn make_whole(number: &mut Value) {
+    if let Some(float) = number.as_f64().filter(|_| number.is_f64()) {
+        *number = json!(float as i64);
+    }
 }

@@ -217,6 +217,45 @@ fn the_record_has_all_keys_sorted_and_as_given() {
 }
 
 #[test]
+fn whole_numbers_that_are_written_as_floats_are_recorded_whole() {
+    let counts = [
+        "batch_size",
+        "grad_accumulation_steps",
+        "iters",
+        "max_seq_length",
+        "num_layers",
+        "save_every",
+        "seed",
+        "steps_per_eval",
+        "steps_per_report",
+        "test_batches",
+        "val_batches",
+    ];
+    let mut keys: Map<String, Value> = counts.iter().map(|key| ((*key).to_owned(), json!(2.0))).collect();
+    keys.insert("lora_parameters".into(), json!({"rank": 8.0, "scale": 20.0, "dropout": 0.0}));
+    keys.insert("optimizer_config".into(), json!({"muon": {"ns_steps": 5.0, "momentum": 0.0}}));
+    let of = |schedule: Value| {
+        let mut keys = keys.clone();
+        keys.insert("lr_schedule".into(), schedule);
+        parse(Value::Object(keys)).adapter_config()
+    };
+    let record = of(json!({"name": "linear_schedule", "warmup": 5.0, "arguments": [0.0, 1.0, 9.0]}));
+    for key in counts {
+        assert_eq!(record[key], json!(2), "{key}");
+    }
+    assert_eq!(record["lora_parameters"], json!({"rank": 8, "scale": 20.0, "dropout": 0.0}));
+    assert_eq!(record["optimizer_config"], json!({"muon": {"ns_steps": 5, "momentum": 0.0}}));
+    assert_eq!(record["lr_schedule"], json!({"name": "linear_schedule", "warmup": 5, "arguments": [0.0, 1.0, 9]}));
+    for (name, arguments, wanted) in [
+        ("cosine_decay", json!([1.0, 100.0, 0.0]), json!([1.0, 100, 0.0])),
+        ("step_decay", json!([1.0, 1.0, 10.0]), json!([1.0, 1.0, 10])),
+        ("exponential_decay", json!([1.0, 1.0]), json!([1.0, 1.0])),
+    ] {
+        assert_eq!(of(json!({"name": name, "arguments": arguments}))["lr_schedule"]["arguments"], wanted, "{name}");
+    }
+}
+
+#[test]
 fn a_config_survives_its_way_through_json() {
     let config = parse(json!({
         "fine_tune_type": "full", "packing": true, "lr_schedule": {"name": "exponential_decay", "arguments": [1e-1, 0.9]},
