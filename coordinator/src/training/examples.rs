@@ -97,8 +97,14 @@ impl Examples {
         u32::try_from(longest).unwrap_or(u32::MAX)
     }
 
+    /// Of what decides what is trained on and when. Evaluations draw from the random numbers that order the batches of training, one
+    /// number for each batch there is: how many follows after a `+`. Older checkpoints have the training set's part alone.
     pub(super) fn fingerprint(&self) -> String {
-        self.train.as_ref().map(|train| train.fingerprint()).unwrap_or_default()
+        let train = self.train.as_ref().map(|train| train.fingerprint()).unwrap_or_default();
+        match &self.valid {
+            Some(valid) => format!("{train}+{}", valid.examples.len() / self.batch_size.max(1)),
+            None => train,
+        }
     }
 
     /// From the start, with a note where examples are packed.

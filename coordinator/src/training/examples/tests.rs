@@ -41,3 +41,13 @@ async fn prompts_without_room_for_an_answer_are_refused_at_once() {
         assert!(examples(&files, json!({"test": true})).await.is_ok(), "without mask_prompt all targets count");
     }
 }
+
+#[tokio::test]
+async fn a_fingerprint_tells_how_many_batches_an_evaluation_draws_from() {
+    let of = async |valid: &str| examples(&[("train.jsonl", SHORT), ("valid.jsonl", valid)], json!({})).await.unwrap().fingerprint();
+    let (one, two) = (of(SHORT).await, of(&SHORT.repeat(2)).await);
+    assert_ne!(one, two);
+    assert_eq!(one, of(SHORT).await);
+    let alone = examples(&[("train.jsonl", SHORT)], json!({})).await.unwrap().fingerprint();
+    assert_eq!((alone.len(), one), (64, format!("{alone}+1")));
+}
