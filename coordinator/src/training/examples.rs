@@ -154,6 +154,8 @@ fn source(config: &TrainingConfig) -> DataSource {
             sets.iter()
                 .map(|set| HubSet {
                     path: set.path.clone(),
+                    revision: set.revision.clone(),
+                    config_name: set.config_name.clone(),
                     train_split: Some(set.train_split.clone()),
                     valid_split: Some(set.valid_split.clone()),
                     test_split: set.test_split.clone(),

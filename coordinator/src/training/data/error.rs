@@ -26,6 +26,13 @@ pub enum DataError {
     NoTrainingSet { place: String, file: String },
     #[error("{place} has no {file}: the test needs one example a line in it")]
     NoTestSet { place: String, file: String },
+    #[error(
+        "`hf_dataset.config.name` is `{name}`, but of {path} only JSON lines at the top are read, which no configuration chooses from: leave \
+         it out and name splits (train_split, valid_split, test_split), or save that configuration as JSON lines and give the folder"
+    )]
+    NoConfigurations { path: String, name: String },
+    #[error("`hf_dataset.config.revision` is `{revision}`, but {path} is a folder, which has no revisions: leave it out")]
+    FolderRevision { path: String, revision: String },
     #[error("the data set {path} has no test_split: name one, such as `test_split: test`")]
     NoTestSplit { path: String },
     #[error(

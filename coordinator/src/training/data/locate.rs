@@ -22,6 +22,10 @@ pub enum DataSource {
 pub struct HubSet {
     /// A folder, or `owner/name` on the hub.
     pub path: String,
+    /// A branch, tag or commit on the hub; None: `main`.
+    pub revision: Option<String>,
+    /// Which configuration of the data set. No name is accepted, but to be refused it has to get here.
+    pub config_name: Option<String>,
     /// None: `train[:80%]`, as in mlx-lm.
     pub train_split: Option<String>,
     /// None: `train[-10%:]`, as in mlx-lm.
@@ -111,7 +115,7 @@ async fn named(
 async fn listed(sets: &[HubSet], wanted: Wanted, settings: &HubSettings, progress: OnProgress<'_>) -> Result<Located, DataError> {
     let (mut train, mut valid, mut test) = (Vec::new(), Vec::new(), Vec::new());
     for set in sets {
-        let place = Place::open(&set.path, settings).await?;
+        let place = Place::of_entry(set, settings).await?;
         if wanted.train {
             train.push(place.part(set.train_split.as_deref().unwrap_or("train[:80%]"), &set.features, progress).await?);
             valid.push(place.part(set.valid_split.as_deref().unwrap_or("train[-10%:]"), &set.features, progress).await?);
@@ -140,6 +144,19 @@ enum Place {
 }
 
 impl Place {
+    /// As an entry of `hf_dataset` names it.
+    async fn of_entry(set: &HubSet, settings: &HubSettings) -> Result<Self, DataError> {
+        let path = set.path.clone();
+        if let Some(name) = set.config_name.clone() {
+            return Err(DataError::NoConfigurations { path, name });
+        }
+        match set.revision.clone() {
+            Some(revision) if Path::new(&path).is_dir() => Err(DataError::FolderRevision { path, revision }),
+            Some(revision) if !Path::new(&path).exists() => Self::open(&format!("{path}@{revision}"), settings).await,
+            _ => Self::open(&path, settings).await,
+        }
+    }
+
     async fn open(argument: &str, settings: &HubSettings) -> Result<Self, DataError> {
         if argument.trim().is_empty() {
             return Err(DataError::NoSource);

@@ -51,3 +51,13 @@ async fn a_fingerprint_tells_how_many_batches_an_evaluation_draws_from() {
     let alone = examples(&[("train.jsonl", SHORT)], json!({})).await.unwrap().fingerprint();
     assert_eq!((alone.len(), one), (64, format!("{alone}+1")));
 }
+
+#[tokio::test]
+async fn a_configuration_and_a_revision_get_to_whoever_opens_the_set() {
+    let named = json!({"hf_dataset": {"path": "a/b", "config": {"name": "main"}}});
+    let error = examples(&[], named).await.err().unwrap();
+    assert!(error.contains("`hf_dataset.config.name` is `main`"), "{error}");
+    let at = json!({"hf_dataset": {"path": "a/b", "config": {"revision": "v2"}}});
+    let error = examples(&[], at).await.err().unwrap();
+    assert!(error.contains("a/b@v2"), "{error}");
+}

@@ -44,7 +44,8 @@ impl World {
 
 fn hub_set() -> HubSet {
     let path = "demo/data".to_owned();
-    HubSet { path, train_split: None, valid_split: None, test_split: Some("test".to_owned()), features: Features::default() }
+    let (revision, config_name, test_split) = (None, None, Some("test".to_owned()));
+    HubSet { path, revision, config_name, train_split: None, valid_split: None, test_split, features: Features::default() }
 }
 
 fn names(split: &Option<Split>) -> Vec<String> {
@@ -102,6 +103,27 @@ async fn splits_are_made_of_numbered_files_too() {
     assert!(error.starts_with("demo/data has no JSON lines for the split `nowhere` (looked for nowhere.jsonl"), "{error}");
     let error = world.listed(HubSet { test_split: None, ..hub_set() }).await.unwrap_err().to_string();
     assert!(error.starts_with("the data set demo/data has no test_split"), "{error}");
+}
+
+#[tokio::test]
+async fn an_entry_is_opened_at_its_revision() {
+    let world = World::new(&["train.jsonl", "test.jsonl"]);
+    world.listed(hub_set()).await.unwrap();
+    let at = |revision: &str| HubSet { revision: Some(revision.to_owned()), ..hub_set() };
+    world.listed(at("main")).await.unwrap();
+    let error = world.listed(at("v9")).await.unwrap_err().to_string();
+    assert!(error.contains("v9"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display().to_string();
+    let error = world.listed(HubSet { path, ..at("v9") }).await.unwrap_err().to_string();
+    assert!(error.contains("is a folder, which has no revisions: leave it out"), "{error}");
+}
+
+#[tokio::test]
+async fn a_configuration_is_refused() {
+    let world = World::new(&["train.jsonl", "test.jsonl"]);
+    let error = world.listed(HubSet { config_name: Some("socratic".to_owned()), ..hub_set() }).await.unwrap_err().to_string();
+    assert!(error.starts_with("`hf_dataset.config.name` is `socratic`, but of demo/data only JSON lines"), "{error}");
 }
 
 #[tokio::test]
