@@ -47,11 +47,6 @@ pub enum DataError {
     Parquet { place: String, example: String },
     #[error(transparent)]
     Split(#[from] SplitError),
-    #[error(
-        "{}, line {line}: the row has neither {wanted}; its fields are {found}: name the fields of your data with prompt_feature and \
-         completion_feature, chat_feature or text_feature", path.display()
-    )]
-    UnknownForm { path: PathBuf, line: u64, wanted: String, found: String },
     #[error("{}, line {line}{fault}{}", path.display(), more(*bad_lines))]
     Rows { path: PathBuf, line: u64, fault: RowFault, bad_lines: u64 },
     #[error("{}: mask_prompt is not supported for text data, which has no prompt: unset it, or give prompts and completions", path.display())]
@@ -81,13 +76,18 @@ pub enum RowFault {
     TooLong { bytes: u64, limit: u64 },
     #[error(": {found} instead of an object: give one JSON object a line")]
     NotAnObject { found: &'static str },
+    #[error(
+        ": the row has neither {wanted}; its fields are {found}: name the fields of your data with prompt_feature and completion_feature, \
+         chat_feature or text_feature"
+    )]
+    UnknownForm { wanted: String, found: String },
     #[error(": no `{key}`, which the first row has: give all rows the same form")]
     Missing { key: String },
     #[error(": `{key}` is {found} instead of a text")]
     NotText { key: String, found: &'static str },
     #[error(": `{key}` is {found} instead of a list of messages, each an object with a text as its `role`")]
     NotMessages { key: String, found: &'static str },
-    #[error(": `tools` is {found} instead of a list")]
+    #[error(": `tools` is {found} instead of a list of objects")]
     NotTools { found: &'static str },
     #[error(
         ": no message of the assistant in `{key}`, so that with mask_prompt nothing would be learned: add the answer, or unset mask_prompt"

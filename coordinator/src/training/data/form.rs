@@ -63,22 +63,22 @@ impl Form {
     }
 
     /// Takes what is needed out of a row.
-    pub(super) fn content(self, mut row: Object, features: &Features, mask_prompt: bool) -> Result<Content, RowFault> {
+    pub(super) fn content(self, row: &Object, features: &Features, mask_prompt: bool) -> Result<Content, RowFault> {
         match self {
-            Form::Text => Ok(Content::Text(text(&mut row, &features.text)?)),
+            Form::Text => Ok(Content::Text(text(row, &features.text)?)),
             Form::Completions => {
-                let prompt = text(&mut row, &features.prompt)?;
-                let completion = text(&mut row, &features.completion)?;
+                let prompt = text(row, &features.prompt)?;
+                let completion = text(row, &features.completion)?;
                 let message = |role: &str, content: String| json!({"role": role, "content": content});
                 let messages = vec![message("user", prompt), message("assistant", completion)];
-                Ok(Content::Chat { messages, tools: tools(&mut row)? })
+                Ok(Content::Chat { messages, tools: tools(row)? })
             }
             Form::Chat => {
-                let messages = messages(&mut row, &features.chat)?;
+                let messages = messages(row, &features.chat)?;
                 if mask_prompt && !messages.iter().any(is_assistant) {
                     return Err(RowFault::NoAssistant { key: features.chat.clone() });
                 }
-                Ok(Content::Chat { messages, tools: tools(&mut row)? })
+                Ok(Content::Chat { messages, tools: tools(row)? })
             }
         }
     }
@@ -102,11 +102,16 @@ pub(super) fn is_assistant(message: &Value) -> bool {
 pub(super) fn object(line: &[u8]) -> Result<Object, RowFault> {
     // Some editors put a byte order mark before a text.
     let line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
-    let value = parse_json(line).map_err(|error| RowFault::NotJson { column: error.column(), detail: cause(&error) })?;
+    let value = parse_json(line).map_err(|error| RowFault::NotJson { column: characters(line, error.column()), detail: cause(&error) })?;
     match value {
         Value::Object(row) => Ok(row),
         other => Err(RowFault::NotAnObject { found: kind(&other) }),
     }
+}
+
+/// What an editor calls the column of this byte: serde counts bytes.
+fn characters(line: &[u8], column: usize) -> usize {
+    String::from_utf8_lossy(&line[..column.min(line.len())]).chars().count()
 }
 
 /// Without the place, of which only the column means something here.
@@ -115,20 +120,21 @@ fn cause(error: &serde_json::Error) -> String {
     text.rsplit_once(" at line ").map_or(text.clone(), |(cause, _)| cause.to_owned())
 }
 
-fn take(row: &mut Object, key: &str) -> Result<Value, RowFault> {
-    row.get_mut(key).map(Value::take).ok_or_else(|| RowFault::Missing { key: key.to_owned() })
+/// A copy, since one field may be both the prompt and the completion.
+fn field(row: &Object, key: &str) -> Result<Value, RowFault> {
+    row.get(key).cloned().ok_or_else(|| RowFault::Missing { key: key.to_owned() })
 }
 
-fn text(row: &mut Object, key: &str) -> Result<String, RowFault> {
-    match take(row, key)? {
+fn text(row: &Object, key: &str) -> Result<String, RowFault> {
+    match field(row, key)? {
         Value::String(text) => Ok(text),
         other => Err(RowFault::NotText { key: key.to_owned(), found: kind(&other) }),
     }
 }
 
-fn messages(row: &mut Object, key: &str) -> Result<Vec<Value>, RowFault> {
+fn messages(row: &Object, key: &str) -> Result<Vec<Value>, RowFault> {
     let refused = |found| RowFault::NotMessages { key: key.to_owned(), found };
-    match take(row, key)? {
+    match field(row, key)? {
         Value::Array(messages) if messages.is_empty() => Err(refused("an empty list")),
         Value::Array(messages) => {
             let has_role = |message: &Value| message.get("role").is_some_and(Value::is_string);
@@ -138,11 +144,12 @@ fn messages(row: &mut Object, key: &str) -> Result<Vec<Value>, RowFault> {
     }
 }
 
-fn tools(row: &mut Object) -> Result<Option<Vec<Value>>, RowFault> {
-    match row.get_mut("tools").map(Value::take) {
+fn tools(row: &Object) -> Result<Option<Vec<Value>>, RowFault> {
+    match row.get("tools") {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::Array(tools)) => Ok(Some(tools)),
-        Some(other) => Err(RowFault::NotTools { found: kind(&other) }),
+        Some(Value::Array(tools)) if tools.iter().all(Value::is_object) => Ok(Some(tools.clone())),
+        Some(Value::Array(_)) => Err(RowFault::NotTools { found: "a list with something else in it" }),
+        Some(other) => Err(RowFault::NotTools { found: kind(other) }),
     }
 }
 

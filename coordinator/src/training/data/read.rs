@@ -4,7 +4,7 @@ use super::{
     DataSet, DataSets, Example,
     encode::Encoder,
     error::{DataError, RowFault},
-    form::{Content, Form, Object, object},
+    form::{Content, Features, Form, Object, object},
     lines::{Lines, count},
     locate::{Located, Part, Split},
 };
@@ -126,7 +126,7 @@ impl Reader<'_> {
                 continue;
             }
             match line.and_then(object) {
-                Ok(row) => self.row(path, number, row, progress)?,
+                Ok(row) => self.row(path, number, &row, progress)?,
                 Err(fault) => self.note(path, number, fault),
             }
             if progress.waiting.len() >= CHUNK_ROWS {
@@ -137,14 +137,17 @@ impl Reader<'_> {
         Ok(rows.start.saturating_sub(passed)..rows.end.saturating_sub(passed))
     }
 
-    fn row(&mut self, path: &Path, line: u64, row: Object, progress: &mut Progress<'_>) -> Result<(), DataError> {
+    fn row(&mut self, path: &Path, line: u64, row: &Object, progress: &mut Progress<'_>) -> Result<(), DataError> {
         let features = &progress.part.features;
         let form = match progress.form {
             Some(form) => form,
             None => {
-                let form = self.form(path, line, &row, progress.part)?;
-                progress.form = Some(form);
-                form
+                let Some(form) = Form::of(row, features) else {
+                    self.note(path, line, unknown_form(row, features));
+                    return Ok(());
+                };
+                self.check_form(form, path)?;
+                *progress.form.insert(form)
             }
         };
         if progress.part.columns {
@@ -154,42 +157,38 @@ impl Reader<'_> {
         }
         let fields = row.len();
         match form.content(row, features, self.options.mask_prompt) {
-            Ok(content) if self.fault.is_none() => progress.waiting.push(Checked { line, content, fields }),
-            Ok(_) => {}
+            Ok(content) => progress.waiting.push(Checked { line, content, fields }),
             Err(fault) => self.note(path, line, fault),
         }
         Ok(())
     }
 
-    /// The form of the rows, which the first decides, and whether the model can take it.
-    fn form(&self, path: &Path, line: u64, row: &Object, part: &Part) -> Result<Form, DataError> {
-        let features = &part.features;
+    /// Whether the model can take rows of this form.
+    fn check_form(&self, form: Form, path: &Path) -> Result<(), DataError> {
         let path = path.to_owned();
-        let Some(form) = Form::of(row, features) else {
-            let wanted = format!("`{}` and `{}`, nor `{}`, nor `{}`", features.prompt, features.completion, features.chat, features.text);
-            let found = if row.is_empty() { "none".to_owned() } else { row.keys().take(10).cloned().collect::<Vec<_>>().join(", ") };
-            return Err(DataError::UnknownForm { path, line, wanted, found });
-        };
         match form {
             Form::Text if self.options.mask_prompt => Err(DataError::TextHasNoPrompt { path }),
-            Form::Text => self.encoder.eos().map(|_| form),
+            Form::Text => self.encoder.eos().map(|_| ()),
             Form::Chat | Form::Completions if !self.encoder.has_template() => Err(DataError::NoTemplate { path, form: form.name() }),
-            Form::Chat | Form::Completions => Ok(form),
+            Form::Chat | Form::Completions => Ok(()),
         }
     }
 
+    /// Keeps the first: what tokenizing finds comes after what parsing found in later lines of the same file.
     fn note(&mut self, path: &Path, line: u64, fault: RowFault) {
         self.bad_lines += 1;
-        self.fault.get_or_insert_with(|| (path.to_owned(), line, fault));
+        if self.fault.as_ref().is_none_or(|(noted, first, _)| noted == path && line < *first) {
+            self.fault = Some((path.to_owned(), line, fault));
+        }
     }
 
-    /// Tokenizes what waits, and forgets it when the set is bad anyway.
+    /// Tokenizes what waits: for more faults alone when the set is bad anyway.
     fn encode(&mut self, path: &Path, waiting: &mut Vec<Checked>) -> Result<(), DataError> {
         let rows = std::mem::take(waiting);
         if self.cancel.is_cancelled() {
             return Err(DataError::Cancelled);
         }
-        if self.fault.is_some() || rows.is_empty() {
+        if rows.is_empty() {
             return Ok(());
         }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -202,7 +201,8 @@ impl Reader<'_> {
         });
         for (row, encoded) in rows.into_iter().zip(encoded) {
             match encoded {
-                Ok((tokens, offset)) => self.keep(&row, tokens, offset),
+                Ok((tokens, offset)) if self.fault.is_none() => self.keep(&row, tokens, offset),
+                Ok(_) => {}
                 Err(fault) => self.note(path, row.line, fault),
             }
         }
@@ -220,6 +220,13 @@ impl Reader<'_> {
         self.counts.others_end += u64::from(self.options.mask_prompt && !row.content.ends_with_assistant());
         self.examples.push(example);
     }
+}
+
+/// What was looked for in the first row, and what is there.
+fn unknown_form(row: &Object, features: &Features) -> RowFault {
+    let wanted = format!("`{}` and `{}`, nor `{}`, nor `{}`", features.prompt, features.completion, features.chat, features.text);
+    let found = if row.is_empty() { "none".to_owned() } else { row.keys().take(10).cloned().collect::<Vec<_>>().join(", ") };
+    RowFault::UnknownForm { wanted, found }
 }
 
 impl Counts {

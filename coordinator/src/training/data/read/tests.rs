@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::training::data::{
-    Features,
     fixtures::{model, usual_config},
     locate::Piece,
     split,
@@ -81,7 +80,11 @@ fn the_first_bad_line_is_named_and_all_are_counted() {
         ),
         (
             "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"tools\": \"x\"}".to_owned(),
-            "train.jsonl, line 1: `tools` is a text instead of a list",
+            "train.jsonl, line 1: `tools` is a text instead of a list of objects",
+        ),
+        (
+            "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"tools\": [1]}".to_owned(),
+            "train.jsonl, line 1: `tools` is a list with something else in it instead of a list of objects",
         ),
         (String::new(), "the set has no rows: add examples, or remove it"),
         ("\n\n".to_owned(), "the set has no rows: add examples, or remove it"),
@@ -93,6 +96,25 @@ fn the_first_bad_line_is_named_and_all_are_counted() {
         assert_eq!(world.error(&text, false), wanted);
     }
     assert!(world.error("{\"txt\": 1, \"b\": 2}", false).contains("its fields are txt, b"));
+}
+
+#[test]
+fn columns_are_characters() {
+    let error = World::usual().error("{\"text\": \"ääää\", }\n", false);
+    assert!(error.starts_with("train.jsonl, line 1, column 18: not JSON"), "{error}");
+}
+
+#[test]
+fn one_field_may_be_prompt_and_completion() {
+    let world = World::usual();
+    let files = vec![world.file("train.jsonl", "{\"text\": \"a\"}\n")];
+    let features = Features { prompt: "text".to_owned(), completion: "text".to_owned(), ..Features::default() };
+    let part = Part { pieces: vec![Piece { files, slice: None }], features, columns: false };
+    let both = world.read_parts(vec![part], ReadOptions { mask_prompt: false, max_seq_length: 99 }).unwrap();
+    let files = vec![world.file("train.jsonl", "{\"prompt\": \"a\", \"completion\": \"a\"}\n")];
+    let part = Part { pieces: vec![Piece { files, slice: None }], features: Features::default(), columns: false };
+    let usual = world.read_parts(vec![part], ReadOptions { mask_prompt: false, max_seq_length: 99 }).unwrap();
+    assert_eq!(both.examples[0].tokens, usual.examples[0].tokens);
 }
 
 #[test]
@@ -140,6 +162,21 @@ fn a_template_that_refuses_names_the_line() {
     let world = World::new(&config);
     let row = |count: usize| format!("{}\n", json!({"messages": vec![json!({"role": "user", "content": "a"}); count]}));
     assert_eq!(world.error(&[row(1), row(2), row(1)].concat(), false), "train.jsonl, line 2: one is enough");
+}
+
+#[test]
+fn bad_lines_of_all_kinds_are_counted_together() {
+    let mut config = usual_config();
+    config["chat_template"] = "{% if messages | length > 1 %}{{ raise_exception('one is enough') }}{% endif %}x".into();
+    let world = World::new(&config);
+    let row = |count: usize| format!("{}\n", json!({"messages": vec![json!({"role": "user", "content": "a"}); count]}));
+    let text = [&row(2), &row(1), "{bad\n", &row(2)].concat();
+    assert_eq!(world.error(&text, false), "train.jsonl, line 1: one is enough (3 lines are bad in all)");
+    let text = ["{bad\n", "{\"foo\": 1}\n", "{bad\n"].concat();
+    let error = world.error(&text, false);
+    assert!(error.starts_with("train.jsonl, line 1, column 2: not JSON") && error.ends_with("(3 lines are bad in all)"), "{error}");
+    let error = world.error(&["{\"foo\": 1}\n", &row(1), "{\"foo\": 1}\n"].concat(), false);
+    assert!(error.contains("line 1: the row has neither") && error.ends_with("(2 lines are bad in all)"), "{error}");
 }
 
 #[test]
