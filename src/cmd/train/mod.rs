@@ -196,7 +196,7 @@ fn config_in(args: &TrainArgs, folder: &Path) -> Result<TrainingConfig, Failure>
 fn flags(args: &TrainArgs) -> impl Iterator<Item = (String, Value)> {
     let on = |switch: bool| if switch { Value::Bool(true) } else { Value::Null };
     let given = [
-        ("config", json!(args.config)),
+        ("config", json!(args.config.as_deref().map(Path::to_string_lossy))),
         ("model", json!(args.model)),
         ("train", on(args.train)),
         ("test", on(args.test)),
@@ -234,17 +234,32 @@ fn make_absolute(keys: &mut Map<String, Value>, folder: &Path) {
     make_paths_absolute(keys, folder);
 }
 
-/// Those that are given. A model or data set that is no folder is on the hub.
+/// Those that are given. A model or data set that is not here is on the hub.
 pub(crate) fn make_paths_absolute(keys: &mut Map<String, Value>, folder: &Path) {
     for (key, may_be_on_the_hub) in [("model", true), ("data", true), ("adapter_path", false), ("resume_adapter_file", false)] {
-        // What is no text is refused with the rest; an empty path has a meaning of its own.
-        let Some(Value::String(path)) = keys.get_mut(key).filter(|value| value.as_str() != Some("")) else { continue };
-        let whole = folder.join(&*path);
-        if (!may_be_on_the_hub || whole.is_dir())
-            && let Ok(whole) = absolute(whole)
-        {
-            *path = whole.to_string_lossy().into_owned();
+        if let Some(path) = keys.get_mut(key) {
+            make_path_absolute(path, folder, may_be_on_the_hub);
         }
+    }
+    let sets = match keys.get_mut("hf_dataset") {
+        Some(Value::Array(sets)) => sets.as_mut_slice(),
+        Some(set) => std::slice::from_mut(set),
+        None => &mut [],
+    };
+    for path in sets.iter_mut().filter_map(|set| set.get_mut("path")) {
+        make_path_absolute(path, folder, true);
+    }
+}
+
+/// What is no text is refused with the rest; an empty path has a meaning of its own.
+fn make_path_absolute(path: &mut Value, folder: &Path, may_be_on_the_hub: bool) {
+    let Some(given) = path.as_str().filter(|path| !path.is_empty()) else { return };
+    let whole = folder.join(given);
+    // A file too, so that it is refused as one.
+    if (!may_be_on_the_hub || whole.exists())
+        && let Ok(whole) = absolute(whole)
+    {
+        *path = Value::String(whole.to_string_lossy().into_owned());
     }
 }
 

@@ -79,6 +79,32 @@ fn relative_paths_start_from_the_working_directory() {
 }
 
 #[test]
+fn local_data_sets_in_a_list_and_files_are_found_from_there_too() {
+    let folder = folder_with("train: true\nhf_dataset:\n- path: ./rows\n- path: a/b\n");
+    fs::create_dir(folder.path().join("rows")).unwrap();
+    fs::write(folder.path().join("rows/train.jsonl"), "{}").unwrap();
+    let paths = |config: &TrainingConfig| match &config.data {
+        DataSource::Hub(sets) => sets.iter().map(|set| set.path.clone()).collect::<Vec<_>>(),
+        DataSource::Named { name, .. } => vec![name.clone()],
+    };
+    let at = |path: &str| folder.path().join(path).to_string_lossy().into_owned();
+    assert_eq!(paths(&config_in(&args(&["-c", "lora.yaml"]), folder.path()).unwrap()), [at("rows"), "a/b".to_owned()]);
+    fs::write(folder.path().join("lora.yaml"), "train: true\nhf_dataset: {path: rows}\n").unwrap();
+    assert_eq!(paths(&config_in(&args(&["-c", "lora.yaml"]), folder.path()).unwrap()), [at("rows")]);
+    let file = config_in(&args(&["--train", "--data", "rows/train.jsonl"]), folder.path()).unwrap();
+    assert_eq!(paths(&file), [at("rows/train.jsonl")]);
+}
+
+#[cfg(unix)]
+#[test]
+fn the_path_of_a_config_need_not_be_unicode() {
+    use std::os::unix::ffi::OsStrExt;
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"lora\xff.yaml"));
+    let config = flags(&TrainArgs { config: Some(path), ..args(&[]) }).find(|(key, _)| key == "config");
+    assert_eq!(config.map(|(_, value)| value), Some(json!("lora\u{fffd}.yaml")));
+}
+
+#[test]
 fn schedules_and_empty_keys_of_a_file_are_read_as_by_mlx_lm() {
     let yaml =
         "train: yes\niters:\nlr_schedule:\n  name: cosine_decay\n  warmup: 100\n  warmup_init: 1e-7\n  arguments: [1e-5, 1000, 1e-7]\n";
