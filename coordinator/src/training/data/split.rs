@@ -40,7 +40,7 @@ fn slice(text: &str) -> Result<Slice, &'static str> {
     let (from, to) = bounds.split_once(':').ok_or("the `:` between the brackets is missing")?;
     let ((from, from_percent), (to, to_percent)) = (bound(from)?, bound(to)?);
     let percent = from_percent || to_percent;
-    if percent && [from, to].into_iter().flatten().any(|bound| bound.abs() > 100) {
+    if percent && [from, to].into_iter().flatten().any(|bound| bound.unsigned_abs() > 100) {
         return Err("it has more than 100%");
     }
     Ok(Slice { split, from, to, percent })
@@ -101,7 +101,18 @@ mod tests {
 
     #[test]
     fn other_expressions_are_refused() {
-        for expression in ["", "train[", "train[1]", "train[a:]", "train[:101%]", "../x", "train[:%]", "train+", "train[:1](closest)"] {
+        for expression in [
+            "",
+            "train[",
+            "train[1]",
+            "train[a:]",
+            "train[:101%]",
+            "train[-9223372036854775808%:]",
+            "../x",
+            "train[:%]",
+            "train+",
+            "train[:1](closest)",
+        ] {
             let error = parse(expression).unwrap_err();
             assert!(error.to_string().starts_with(&format!("`{expression}` names no split")), "{error}");
         }
