@@ -1,6 +1,7 @@
 //! Which modules of a model an adapter sits on.
 
-use super::{FineTune, LoraParameters};
+use super::{FineTune, LoraParameters, config::resembles};
+use crate::nearest::nearest;
 use crate::spec::{ModelSpec, Part, Weight};
 use std::collections::BTreeSet;
 
@@ -127,7 +128,9 @@ impl ModelSpec {
         });
         let names: BTreeSet<String> = names.collect();
         let last = key.rsplit('.').next().unwrap_or(key);
-        names.iter().find(|name| name.rsplit('.').next() == Some(last)).cloned()
+        let same_end = names.iter().find(|name| name.rsplit('.').next() == Some(last)).map(String::as_str);
+        let near = || nearest(key, names.iter().map(String::as_str)).filter(|near| resembles(key, near));
+        same_end.or_else(near).map(str::to_owned)
     }
 }
 
@@ -136,4 +139,30 @@ fn inside_layer(path: &str, part: Part) -> Option<&str> {
     let Part::Layer(layer) = part else { return None };
     let number = format!(".{layer}.");
     path.find(&number).map(|at| &path[at + number.len()..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::read_spec;
+    use serde_json::json;
+
+    #[test]
+    fn a_key_that_is_no_module_is_named_with_the_nearest() {
+        let config = json!({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "vocab_size": 32, "tie_word_embeddings": true});
+        let spec = read_spec(&config).expect("a valid config");
+        let hint = |key: &str| {
+            let keys = Some(BTreeSet::from([key.to_owned()]));
+            let lora = FineTune::Lora(LoraParameters { rank: 4, scale: 20.0, dropout: 0.0, keys });
+            match spec.check_trained(&lora, None) {
+                Err(TrainedError::UnknownKey { hint, .. }) => hint,
+                other => panic!("{key}: {other:?}"),
+            }
+        };
+        assert_eq!(hint("attention.q_proj").as_deref(), Some("self_attn.q_proj"));
+        assert_eq!(hint("self_attn.qproj").as_deref(), Some("self_attn.q_proj"));
+        assert_eq!(hint("mlp.dwon_proj").as_deref(), Some("mlp.down_proj"));
+        assert_eq!(hint("xyzzyqq"), None);
+    }
 }

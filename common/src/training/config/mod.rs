@@ -20,6 +20,7 @@ use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::{ops::Deref, path::PathBuf};
+pub(super) use table::resembles;
 use table::{MOST, Table};
 
 /// What a job is told, by mlx-lm's keys. It is made from such keys alone ([`TrainingConfig::parse`], serde) and cannot be changed
@@ -128,6 +129,7 @@ impl TrainingConfig {
         let table = Table::root(given);
         table.only(&KEYS, |key| match key {
             "strategy" => Some("how a job is spread is told by `--strategy`"),
+            "lr" => Some("mlx-lm calls it `learning_rate`"),
             "lora_layers" => Some("mlx-lm calls it `num_layers` now"),
             "rank" | "scale" | "dropout" | "alpha" | "keys" => Some("it belongs into `lora_parameters`"),
             "warmup" | "warmup_init" | "arguments" => Some("it belongs into `lr_schedule`"),

@@ -47,7 +47,8 @@ impl<'a> Table<'a> {
         match self.map.keys().find(|key| !known.contains(&key.as_str())) {
             None => Ok(()),
             Some(key) => {
-                let hint = match (hint(key), nearest(key, known.iter().copied())) {
+                let near = nearest(key, known.iter().copied()).filter(|near| resembles(key, near));
+                let hint = match (hint(key), near) {
                     (Some(hint), _) => format!(": {hint}"),
                     (None, Some(nearest)) => format!("; the nearest is `{}`", self.path(nearest)),
                     (None, None) => String::new(),
@@ -130,6 +131,12 @@ impl<'a> Table<'a> {
             Some(value) => Err(Error::invalid(self.path(key), value, "a list of two numbers")),
         }
     }
+}
+
+/// Whether a known name may have been meant: half of the letters of what was written are in it.
+pub(in crate::training) fn resembles(written: &str, known: &str) -> bool {
+    let shared = written.chars().filter(|letter| known.contains(*letter)).count();
+    2 * shared >= written.chars().count()
 }
 
 /// No count of a config is higher.

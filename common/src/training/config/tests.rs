@@ -79,6 +79,8 @@ fn a_schedule_takes_positional_arguments_and_a_warm_up() {
 fn an_unknown_key_is_named_with_the_nearest() {
     for (config, message) in [
         (json!({"batch_sise": 2}), "`batch_sise` is not a key of a training config; the nearest is `batch_size`"),
+        (json!({"xyzzyqq": 2}), "`xyzzyqq` is not a key of a training config"),
+        (json!({"lr": 1e-5}), "`lr` is not a key of a training config: mlx-lm calls it `learning_rate`"),
         (json!({"alpha": 16}), "`alpha` is not a key of a training config: it belongs into `lora_parameters`"),
         (json!({"strategy": "data"}), "`strategy` is not a key of a training config: how a job is spread is told by `--strategy`"),
         (
