@@ -25,6 +25,8 @@ use std::{
 /// So many are kept.
 const KEPT: usize = 2;
 const STATE_FILE: &str = "state.json";
+/// Of what lies hidden beside the checkpoints.
+const ASIDE_SUFFIXES: [&str; 3] = ["partial", "replaced", "damaged"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -102,7 +104,7 @@ impl Checkpoints {
     fn tidy(&self) -> Result<(), FileError> {
         for name in self.entries()? {
             let path = self.folder.join(&name);
-            match name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) {
+            match aside(&name) {
                 Some((_, "partial")) => remove(&path)?,
                 Some((number, "replaced")) if self.folder.join(number).exists() => remove(&path)?,
                 // The new one did not get into its place.
@@ -118,10 +120,18 @@ impl Checkpoints {
     }
 }
 
-/// Removes a folder that may not be there.
+/// The checkpoint's name and the suffix of what we put aside. Names of others, such as Finder's `.DS_Store`, are not ours to touch.
+fn aside(name: &str) -> Option<(&str, &str)> {
+    let (number, suffix) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    (is_number && ASIDE_SUFFIXES.contains(&suffix)).then_some((number, suffix))
+}
+
+/// Removes a folder, or a file that has its name. It may not be there.
 fn remove(path: &Path) -> Result<(), FileError> {
     attempt("remove", path, || match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(path),
         removed => removed,
     })
 }

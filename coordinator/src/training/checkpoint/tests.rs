@@ -116,6 +116,25 @@ fn the_last_two_are_kept_and_a_future_that_was_given_up_is_not() {
     assert_eq!(read(&newest(&checkpoints).unwrap()), sorted(tensors(2)));
 }
 
+#[test]
+fn files_of_others_stay_and_are_not_in_the_way_and_a_file_in_place_of_a_folder_of_ours_goes() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = Checkpoints::open(home.path()).unwrap().folder;
+    let others = [".DS_Store", ".x.partial", ".x.replaced", "notes"];
+    for name in others.iter().chain(&[".0000007.partial"]) {
+        fs::write(folder.join(name), "x").unwrap();
+    }
+    let checkpoints = Checkpoints::open(home.path()).unwrap();
+    assert_eq!(checkpoints.entries().unwrap().len(), others.len());
+    fs::write(folder.join(".0000008.damaged"), "x").unwrap();
+    for iteration in [10, 20, 30] {
+        save(&checkpoints, iteration, tensors(1)).unwrap();
+    }
+    let mut left = checkpoints.entries().unwrap();
+    left.sort();
+    assert_eq!(left, [".DS_Store", ".x.partial", ".x.replaced", "0000020", "0000030", "notes"]);
+}
+
 /// A checkpoint at 10 is there; one at `next` is written, and the disk fails after more and more operations.
 fn cut_everywhere(failure: Failure, next: u64) {
     let home = tempfile::tempdir().unwrap();

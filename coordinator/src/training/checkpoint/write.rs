@@ -1,7 +1,7 @@
 //! A checkpoint in the making: nothing of it can be seen before all of it is on the disk.
 
 use super::{
-    Checkpoint, CheckpointError, CheckpointState, Checkpoints, KEPT, Part, STATE_FILE, SavedTensor,
+    Checkpoint, CheckpointError, CheckpointState, Checkpoints, KEPT, Part, STATE_FILE, SavedTensor, aside,
     read::digest,
     remove,
     state::{Contents, FileDigest},
@@ -109,7 +109,7 @@ impl Checkpoints {
         for number in iterations.into_iter().filter(|number| !kept.contains(number)) {
             remove(&self.of(number))?;
         }
-        for name in self.entries()?.into_iter().filter(|name| name.starts_with('.')) {
+        for name in self.entries()?.into_iter().filter(|name| aside(name).is_some()) {
             remove(&self.folder.join(name))?;
         }
         sync_folder(&self.folder)
