@@ -6,14 +6,22 @@ use serde_json::{Map, Value};
 use std::{
     fs::File,
     io::{self, Write},
+    mem,
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+/// How names of event files begin, by which TensorBoard knows them.
+const EVENTS: &str = "events.out.tfevents";
 
 /// An event file that scalars are added to. Whole records are handed to the system at once, so that a reader never waits for the end of one.
 #[derive(Debug)]
 pub struct EventFile {
     file: File,
+    /// There are older event files in the folder, and their steps that come again were not taken back yet.
+    follows_others: bool,
+    /// The last that a report named.
+    step: i64,
 }
 
 /// The part of TensorFlow's message that scalars need.
@@ -24,7 +32,7 @@ struct Event {
     wall_time: f64,
     #[prost(int64, tag = "2")]
     step: i64,
-    #[prost(oneof = "What", tags = "3, 5")]
+    #[prost(oneof = "What", tags = "3, 5, 7")]
     what: Option<What>,
 }
 
@@ -35,7 +43,19 @@ enum What {
     FileVersion(String),
     #[prost(message, tag = "5")]
     Summary(Summary),
+    #[prost(message, tag = "7")]
+    SessionLog(SessionLog),
 }
+
+/// On a start, TensorBoard forgets what it read of the event's step and of later ones.
+#[derive(Clone, PartialEq, Message)]
+struct SessionLog {
+    /// An enum.
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+const START: i32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 struct Summary {
@@ -57,24 +77,49 @@ impl EventFile {
     pub fn create(folder: &Path, now: SystemTime) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let since = since_1970(now);
-        let name = format!("events.out.tfevents.{:010}.mlx-cluster.{}.{}", since.as_secs(), std::process::id(), since.subsec_nanos());
-        let mut file = Self { file: File::create_new(folder.join(name))? };
+        let name = format!("{EVENTS}.{:010}.mlx-cluster.{}.{}", since.as_secs(), std::process::id(), since.subsec_nanos());
+        let follows_others = has_events(folder)?;
+        let mut file = Self { file: File::create_new(folder.join(name))?, follows_others, step: 0 };
         file.append(Event { wall_time: since.as_secs_f64(), step: 0, what: Some(What::FileVersion("brain.Event:2".into())) })?;
         Ok(file)
     }
 
-    /// Adds a report as it stands in metrics.jsonl: each number under its key, at the report's `iteration`.
+    /// Adds a report as it stands in metrics.jsonl: each number under its key, at the report's `iteration`, or at the last one where it has
+    /// none, as a report on the test set.
     pub fn add(&mut self, report: &Map<String, Value>, now: SystemTime) -> io::Result<()> {
+        let wall_time = since_1970(now).as_secs_f64();
+        if let Some(iteration) = report.get("iteration").and_then(Value::as_i64) {
+            self.step = iteration;
+            if mem::take(&mut self.follows_others) {
+                let what = Some(What::SessionLog(SessionLog { status: START }));
+                self.append(Event { wall_time, step: first_again(report, iteration), what })?;
+            }
+        }
         let scalar =
             |(key, value): (&String, &Value)| value.as_f64().map(|value| Scalar { tag: key.clone(), simple_value: Some(value as f32) });
         let values: Vec<Scalar> = report.iter().filter(|(key, _)| *key != "iteration").filter_map(scalar).collect();
-        let step = report.get("iteration").and_then(Value::as_i64).unwrap_or_default();
-        self.append(Event { wall_time: since_1970(now).as_secs_f64(), step, what: Some(What::Summary(Summary { values })) })
+        self.append(Event { wall_time, step: self.step, what: Some(What::Summary(Summary { values })) })
     }
 
     fn append(&mut self, event: Event) -> io::Result<()> {
         self.file.write_all(&record(&event.encode_to_vec()))
     }
+}
+
+/// The step from which on a run whose first report this is says everything again. The loss of validation is reported before the batch whose
+/// turn it is: of a run that goes on, the training report of the same iteration does not come again, so it has to stay.
+fn first_again(report: &Map<String, Value>, iteration: i64) -> i64 {
+    let goes_on = report.contains_key("val_loss") && iteration > 0;
+    iteration + i64::from(goes_on)
+}
+
+fn has_events(folder: &Path) -> io::Result<bool> {
+    for entry in std::fs::read_dir(folder)? {
+        if entry?.file_name().to_string_lossy().starts_with(EVENTS) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn since_1970(time: SystemTime) -> Duration {
@@ -154,5 +199,34 @@ mod tests {
             event(10, What::Summary(Summary { values: vec![scalar("train_loss", 2.25), scalar("learning_rate", 0.0)] })),
         ];
         assert_eq!(frames(&std::fs::read(path).unwrap()), wanted);
+    }
+
+    #[test]
+    fn a_file_beside_older_ones_takes_back_what_comes_again() {
+        let now = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
+        let val = |iteration: u64| json!({"iteration": iteration, "val_loss": 3.5});
+        let train = |iteration: u64| json!({"iteration": iteration, "train_loss": 2.5});
+        let test = json!({"test_loss": 1.5});
+        for (first, start) in [(train(30), 30), (val(20), 21), (val(0), 0)] {
+            let folder = tempfile::tempdir().unwrap();
+            EventFile::create(folder.path(), now(1)).unwrap();
+            let mut file = EventFile::create(folder.path(), now(2)).unwrap();
+            for report in [&first, &train(40), &test] {
+                file.add(report.as_object().unwrap(), now(3)).unwrap();
+            }
+            let events = |second: u64| {
+                let mut paths = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+                let path = paths.find(|path| path.to_string_lossy().contains(&format!("tfevents.000000000{second}.")));
+                frames(&std::fs::read(path.unwrap()).unwrap())
+            };
+            assert_eq!(events(1).len(), 1, "nothing came before it");
+            let second = events(2);
+            let wanted = Event { wall_time: 3.0, step: start, what: Some(What::SessionLog(SessionLog { status: START })) };
+            assert_eq!(second[1], wanted);
+            // Field 7, whose field 1 is 1.
+            assert!(wanted.encode_to_vec().ends_with(&[0x3a, 2, 8, 1]));
+            // A report on the test set is one of the last iteration.
+            assert_eq!(second[2..].iter().map(|event| event.step).collect::<Vec<_>>(), [first["iteration"].as_i64().unwrap(), 40, 40]);
+        }
     }
 }
