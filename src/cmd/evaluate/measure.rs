@@ -22,6 +22,8 @@ struct Tokens {
     counted_from: usize,
     /// Some did not fit the context.
     cut: bool,
+    /// Behind the prompt, for an answer.
+    has_room: bool,
 }
 
 /// The ids of a text, and what the server says along with them.
@@ -38,6 +40,8 @@ pub(super) struct Measured {
     cut: bool,
     /// Whether the answer was exact; None where none was asked for.
     exact: Option<bool>,
+    /// The prompt left the answer no room in the context.
+    no_room: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -47,6 +51,7 @@ pub(super) struct Totals {
     negative_logprob: f64,
     answers: u64,
     exact: u64,
+    answers_without_room: u64,
     cut_rows: u64,
 }
 
@@ -54,9 +59,10 @@ impl Measure<'_> {
     pub(super) async fn row(&self, row: Row) -> anyhow::Result<Measured> {
         let tokens = self.tokens(&row.content).await?;
         let negative_logprob = self.negative_logprob(&tokens).await?;
-        let exact = self.exact(&row.content).await?;
+        let exact = self.exact(&row.content, tokens.has_room).await?;
         let counted = tokens.ids.len().saturating_sub(tokens.counted_from);
-        Ok(Measured { negative_logprob, tokens: counted as u64, cut: tokens.cut, exact })
+        let no_room = exact.is_some() && !tokens.has_room;
+        Ok(Measured { negative_logprob, tokens: counted as u64, cut: tokens.cut, exact, no_room })
     }
 
     /// As mlx-lm's data sets make them (`tuner/datasets.py`).
@@ -67,12 +73,11 @@ impl Measure<'_> {
                 if let Some(eos) = all.eos.filter(|eos| all.ids.last() != Some(eos)) {
                     all.ids.push(eos);
                 }
-                (all, 1)
+                (all, None)
             }
             Content::Completion { prompt, completion } if self.raw => {
                 let all = self.tokenize(json!({"prompt": format!("{prompt}{completion}")})).await?;
-                let prompt = common(&all, &self.tokenize(json!({"prompt": prompt})).await?);
-                (all, prompt)
+                (all, Some(self.tokenize(json!({"prompt": prompt})).await?))
             }
             Content::Completion { prompt, completion } => {
                 let answer = json!({"role": "assistant", "content": completion});
@@ -80,23 +85,28 @@ impl Measure<'_> {
             }
             Content::Chat { prompt, answer, tools } => self.conversation(prompt, answer, tools.as_ref()).await?,
         };
+        // Templates of models that think may start an answer with an empty thought that they leave out of a conversation. What both have in
+        // common is the prompt all the same, and all of what the template starts an answer with where there is no such thing.
+        let counted_from = prompt.as_ref().map_or(1, |prompt| common(&all, prompt));
+        let has_room = prompt.is_none_or(|prompt| prompt.ids.len() < prompt.context_tokens);
         let Tokenized { mut ids, context_tokens, .. } = all;
         let cut = ids.len() > context_tokens;
         ids.truncate(context_tokens);
         // Nothing comes before the first token that would say it.
-        Ok(Tokens { counted_from: prompt.clamp(1, ids.len().max(1)), ids, cut })
+        Ok(Tokens { counted_from: counted_from.clamp(1, ids.len().max(1)), ids, cut, has_room })
     }
 
-    /// All of a conversation, and the number of its tokens before the answer.
-    async fn conversation(&self, prompt: &[Value], answer: &Value, tools: Option<&Value>) -> anyhow::Result<(Tokenized, usize)> {
+    /// All of a conversation, and what of it the model is given before the answer.
+    async fn conversation(
+        &self,
+        prompt: &[Value],
+        answer: &Value,
+        tools: Option<&Value>,
+    ) -> anyhow::Result<(Tokenized, Option<Tokenized>)> {
         let before = json!({"messages": prompt, "tools": tools, "add_generation_prompt": true});
         let whole: Vec<&Value> = prompt.iter().chain([answer]).collect();
         let all = json!({"messages": whole, "tools": tools, "add_generation_prompt": false});
-        let (all, before) = (self.tokenize(all).await?, self.tokenize(before).await?);
-        // Templates of models that think may start an answer with an empty thought that they leave out of a conversation. What both have in
-        // common is the prompt all the same, and all of what the template starts an answer with where there is no such thing.
-        let prompt = common(&all, &before);
-        Ok((all, prompt))
+        Ok((self.tokenize(all).await?, Some(self.tokenize(before).await?)))
     }
 
     async fn tokenize(&self, mut body: Value) -> anyhow::Result<Tokenized> {
@@ -122,8 +132,8 @@ impl Measure<'_> {
         Ok(-counted.context("the coordinator leaves out log-probabilities of the prompt")?)
     }
 
-    /// Whether the greedy answer is the one wanted; None where there is none.
-    async fn exact(&self, content: &Content) -> anyhow::Result<Option<bool>> {
+    /// Whether the greedy answer is the one wanted, which it is not without room for a token; None where there is none.
+    async fn exact(&self, content: &Content, has_room: bool) -> anyhow::Result<Option<bool>> {
         if self.max_tokens == 0 {
             return Ok(None);
         }
@@ -138,6 +148,10 @@ impl Measure<'_> {
                 None => return Ok(None),
             },
         };
+        // The coordinator would refuse it, and with it all other rows would be lost.
+        if !has_room {
+            return Ok(Some(false));
+        }
         body["model"] = json!(self.model);
         body["temperature"] = json!(0);
         body["max_tokens"] = json!(self.max_tokens);
@@ -164,6 +178,7 @@ impl Totals {
         self.negative_logprob += row.negative_logprob;
         self.answers += u64::from(row.exact.is_some());
         self.exact += u64::from(row.exact == Some(true));
+        self.answers_without_room += u64::from(row.no_room);
         self.cut_rows += u64::from(row.cut);
     }
 
@@ -192,6 +207,7 @@ impl Totals {
             "answers": self.answers,
             "exact": self.exact,
             "exact_match": self.exact_share(),
+            "answers_without_room": self.answers_without_room,
         })
     }
 }
@@ -202,9 +218,12 @@ impl fmt::Display for Totals {
         if let Some(share) = self.exact_share() {
             write!(f, ", {} of {} answers exact ({:.1} %)", self.exact, self.answers, 100.0 * share)?;
         }
-        match self.cut_rows {
+        if self.cut_rows > 0 {
+            write!(f, "; {} rows were longer than the context and are cut", self.cut_rows)?;
+        }
+        match self.answers_without_room {
             0 => Ok(()),
-            rows => write!(f, "; {rows} rows were longer than the context and are cut"),
+            answers => write!(f, "; {answers} prompts left no room for an answer, which counts as not exact"),
         }
     }
 }
@@ -212,11 +231,17 @@ impl fmt::Display for Totals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+        net::{TcpListener, TcpStream},
+    };
+
+    const CONTEXT_TOKENS: usize = 8;
 
     #[test]
     fn loss_is_a_mean_over_tokens_and_answers_are_counted_apart() {
         let mut totals = Totals::default();
-        let measured = |negative_logprob, tokens, cut, exact| Measured { negative_logprob, tokens, cut, exact };
+        let measured = |negative_logprob, tokens, cut, exact| Measured { negative_logprob, tokens, cut, exact, no_room: false };
         totals.add(&measured(3.0, 3, false, Some(true)));
         totals.add(&measured(3.0, 1, true, Some(false)));
         totals.add(&measured(0.0, 2, false, None));
@@ -228,5 +253,61 @@ mod tests {
         );
         assert_eq!(totals.json("m", Path::new("d"))["exact_match"], json!(0.5));
         assert_eq!(Totals::default().json("m", Path::new("d"))["exact_match"], Value::Null);
+    }
+
+    /// A coordinator whose tokens are bytes, each with the log-probability -1. It says `ab` to everything that leaves room for it.
+    async fn answer(mut stream: TcpStream) {
+        let (read, mut write) = stream.split();
+        let (mut read, mut path, mut length) = (BufReader::new(read), String::new(), 0);
+        read.read_line(&mut path).await.expect("a request");
+        loop {
+            let mut line = String::new();
+            read.read_line(&mut line).await.expect("a header");
+            match line.trim_end().to_ascii_lowercase().split_once(": ") {
+                Some(("content-length", bytes)) => length = bytes.parse().expect("a number"),
+                Some(_) => {}
+                None => break,
+            }
+        }
+        let mut body = vec![0; length];
+        read.read_exact(&mut body).await.expect("a body");
+        let body: Value = serde_json::from_slice(&body).expect("JSON");
+        let ids = match &body["prompt"] {
+            Value::String(text) => text.bytes().map(u64::from).collect(),
+            ids => serde_json::from_value::<Vec<u64>>(ids.clone()).expect("ids"),
+        };
+        let (status, said) = if path.contains("/tokenize") {
+            (200, json!({"tokens": ids, "max_model_len": CONTEXT_TOKENS, "eos_token_id": null}))
+        } else if ids.len() >= CONTEXT_TOKENS + usize::from(body["max_tokens"] == json!(0)) {
+            (400, json!({"error": {"message": "too long; send a shorter one"}}))
+        } else {
+            (200, json!({"choices": [{"text": "ab", "logprobs": {"token_logprobs": vec![-1.0; ids.len()]}}]}))
+        };
+        let said = said.to_string();
+        let head =
+            format!("HTTP/1.1 {status} X\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", said.len());
+        write.write_all(format!("{head}{said}").as_bytes()).await.expect("sent");
+    }
+
+    #[tokio::test]
+    async fn a_prompt_without_room_for_an_answer_is_counted_and_ends_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let client = Client::new(&format!("http://{}", listener.local_addr().expect("bound"))).expect("a client");
+        let server = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(answer(stream));
+            }
+        });
+        let mut totals = Totals::default();
+        let measure = Measure { client: &client, model: "m", max_tokens: 2, raw: true };
+        for prompt in ["1234", "1234567", "12345678", "123456789"] {
+            let content = Content::Completion { prompt: prompt.into(), completion: "ab".into() };
+            totals.add(&measure.row(Row { line: 1, content }).await.expect("measured"));
+        }
+        server.abort();
+        let wanted = "4 rows, 3 tokens: loss 1.0000, perplexity 2.718, 2 of 4 answers exact (50.0 %); 3 rows were longer than the context and \
+                      are cut; 2 prompts left no room for an answer, which counts as not exact";
+        assert_eq!(totals.to_string(), wanted);
+        assert_eq!(totals.json("m", Path::new("d"))["answers_without_room"], json!(2));
     }
 }
