@@ -14,7 +14,7 @@ use mlx_cluster_hub::{AdapterFiles, HubSettings, ModelRef, Progress, Snapshot};
 use output::{Base, Output};
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 use tokio_util::sync::CancellationToken;
@@ -50,7 +50,7 @@ pub(crate) async fn run(args: FuseArgs) -> anyhow::Result<()> {
 
 async fn fuse(args: FuseArgs, stop: CancellationToken) -> anyhow::Result<()> {
     // What can be wrong without the base is said before anything is fetched.
-    output::check_target(&args.save_path)?;
+    let target = output::free_target(&args.save_path)?;
     let adapter = AdapterFiles::open(&args.adapter_path).map_err(bad_file)?;
     let Some(model) = args.model.clone().or_else(|| adapter.adapter.config.model.clone()) else {
         let message = "adapter_config.json does not say which model the adapter was trained on: give it as --model";
@@ -61,7 +61,7 @@ async fn fuse(args: FuseArgs, stop: CancellationToken) -> anyhow::Result<()> {
         None => return Err(interrupted()),
     };
     // The blocking task looks at `stop` itself, so that what it began is removed before the process ends.
-    let done = tokio::task::spawn_blocking(move || write(&args, &model, &base, &adapter, &stop)).await?;
+    let done = tokio::task::spawn_blocking(move || write(&args, &target, &model, &base, &adapter, &stop)).await?;
     println!("{}", done?);
     Ok(())
 }
@@ -87,13 +87,20 @@ async fn fetch(model: &str) -> anyhow::Result<Base> {
 }
 
 /// Writes the result, and says in a sentence what it is.
-fn write(args: &FuseArgs, model: &str, base: &Base, files: &AdapterFiles, stop: &CancellationToken) -> anyhow::Result<String> {
+fn write(
+    args: &FuseArgs,
+    target: &Path,
+    model: &str,
+    base: &Base,
+    files: &AdapterFiles,
+    stop: &CancellationToken,
+) -> anyhow::Result<String> {
     let spec = read_spec(&parse_json(&base.description.config)?).map_err(bad_file)?;
     let map = WeightMap::assign(&spec, &base.index).map_err(bad_file)?;
     let adapter = &files.adapter.clone().without_unused(&map, &base.index);
     adapter.check_against(&spec, &map, model).map_err(bad_file)?;
     let plan = FusePlan::new(&spec, &map, adapter, args.dequantize).map_err(bad_file)?;
-    let output = Output::begin(&args.save_path, base, &plan)?;
+    let output = Output::begin(target, base, &plan)?;
     let bar = bar(output.bytes());
     let bytes = output.bytes();
     output.write(&files.folder, &adapter.tensors, stop, &|bytes| bar.inc(bytes))?;

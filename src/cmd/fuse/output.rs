@@ -22,15 +22,19 @@ use mlx_cluster_lm::fuse::{Checkpoint, Fusion};
 use serde_json::{Map, Value};
 use std::{
     collections::BTreeMap,
+    env,
     fs::{self, File, Permissions},
-    io::{BufWriter, Write},
-    os::unix::fs::PermissionsExt,
+    io::{self, BufWriter, Write},
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 /// Kinds of files beside the weights that belong to a model: config, tokenizer, template, and code that Python may ask for.
-const SMALL_FILES: [&str; 6] = ["json", "jinja", "txt", "model", "tiktoken", "py"];
+const SMALL_FILES: [&str; 7] = ["json", "jinja", "txt", "model", "tiktoken", "py", "bpe"];
+/// Where a model keeps templates beside the one that is used unless another is asked for.
+const TEMPLATES_FOLDER: &str = "additional_chat_templates";
 /// No tokenizer is larger.
 const SMALL_FILE_BYTES_MAX: u64 = 256 << 20;
 const CONFIG_FILE: &str = "config.json";
@@ -65,30 +69,54 @@ struct Partial {
     folder: PathBuf,
 }
 
-/// A target has to be free: not there, or an empty folder.
-pub(super) fn check_target(target: &Path) -> anyhow::Result<()> {
-    let taken = |what: &str| {
-        let message = format!("{} {what}: give --save-path a folder that is not there yet", target.display());
+/// Where the result is renamed to in the end: `path`, or the folder that it is a link to. It has to be free, not there or an empty folder, and
+/// of a kind that a folder can take the place of; else all the work would be for nothing.
+pub(super) fn free_target(path: &Path) -> anyhow::Result<PathBuf> {
+    let refused = |what: &str| {
+        let message = format!("{} {what}: give --save-path a folder that is not there yet", path.display());
         Err(Failure::new(Exit::Usage, message).into())
     };
-    match fs::read_dir(target) {
-        Ok(mut entries) => {
-            if entries.next().is_some() {
-                taken("is there and not empty")
-            } else {
-                Ok(())
-            }
-        }
-        Err(_) if target.exists() => taken("is there and no folder that can be read"),
-        Err(_) if target.file_name().is_none() => taken("is no name for a folder"),
-        Err(_) => Ok(()),
+    let is_new = match fs::symlink_metadata(path) {
+        Ok(_) => false,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => return refused(&format!("cannot be a folder ({error})")),
+    };
+    if is_new {
+        // Without what may stand behind the name, as in `name/.`.
+        return match path.file_name() {
+            Some(name) => Ok(parent(path).join(name)),
+            None => refused("is no name for a folder"),
+        };
     }
+    let Ok(target) = fs::canonicalize(path) else { return refused("is a link to nothing that is there") };
+    let Ok(mut entries) = fs::read_dir(&target) else { return refused("is there and no folder that can be read") };
+    if entries.next().is_some() {
+        return refused("is there and not empty");
+    }
+    if env::current_dir().and_then(fs::canonicalize).is_ok_and(|current| current == target) {
+        return refused("is the current folder, whose place no other can take");
+    }
+    match is_mount_point(&target).with_context(|| format!("cannot read {}", target.display()))? {
+        true => refused("is where a disk is mounted, whose place no folder can take"),
+        false => Ok(target),
+    }
+}
+
+fn is_mount_point(folder: &Path) -> io::Result<bool> {
+    match folder.parent() {
+        Some(parent) => Ok(fs::metadata(folder)?.dev() != fs::metadata(parent)?.dev()),
+        None => Ok(true),
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl<'a> Output<'a> {
     /// Looks whether there is room, and makes the folder to write to.
     pub(super) fn begin(target: &'a Path, base: &'a Base, plan: &'a FusePlan<'a>) -> anyhow::Result<Self> {
-        let small_files = small_files(&base.folder).with_context(|| format!("cannot read {}", base.folder.display()))?;
+        let small_files = small_files(&base.folder)?;
         let weights = match plan {
             FusePlan::AsPublished(rewrites) => Weights::Copies(rewrites),
             FusePlan::Canonical(tensors) => {
@@ -98,7 +126,7 @@ impl<'a> Output<'a> {
                 Weights::Shards(plan_shards(tensors.iter().map(of).collect(), SHARD_BYTES_MAX), by_name)
             }
         };
-        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent = parent(target);
         fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         let needed = weights.bytes(base) + small_files.iter().map(|(_, bytes)| bytes).sum::<u64>();
         let free = free_disk_bytes(parent).with_context(|| format!("cannot look at the disk of {}", parent.display()))?;
@@ -111,8 +139,7 @@ impl<'a> Output<'a> {
             );
             return Err(Failure::new(Exit::Resources, message).into());
         }
-        let name = target.file_name().unwrap_or_default().to_string_lossy();
-        let partial = Partial::create(parent.join(format!(".{name}.{}.partial", std::process::id())))?;
+        let partial = Partial::create(parent)?;
         Ok(Self { target, partial, base, small_files, weights })
     }
 
@@ -131,7 +158,7 @@ impl<'a> Output<'a> {
     ) -> anyhow::Result<()> {
         let folder = &self.partial.folder;
         for (path, _) in &self.small_files {
-            copy(path, folder)?;
+            copy(&self.base.folder, path, folder)?;
         }
         let base = Checkpoint { folder: &self.base.folder, index: &self.base.index };
         let mut fusion = Fusion::new(base, Checkpoint { folder: adapter, index: tensors });
@@ -143,9 +170,7 @@ impl<'a> Output<'a> {
                 write_shards(folder, shards, by_name, &mut fusion, stop, progress)?;
             }
         }
-        for entry in fs::read_dir(folder)? {
-            File::open(entry?.path())?.sync_all()?;
-        }
+        sync(folder)?;
         self.partial.keep_as(self.target)
     }
 
@@ -159,7 +184,7 @@ impl<'a> Output<'a> {
         let folder = &self.partial.folder;
         for (file, of) in &self.base.description.files {
             go_on(stop)?;
-            copy(&self.base.folder.join(file), folder)?;
+            copy(&self.base.folder, Path::new(file), folder)?;
             progress(of.header.file_bytes);
         }
         for rewrite in rewrites {
@@ -217,28 +242,68 @@ fn go_on(stop: &CancellationToken) -> anyhow::Result<()> {
     if stop.is_cancelled() { Err(interrupted()) } else { Ok(()) }
 }
 
-/// Files of the base that go along, with their sizes.
-fn small_files(folder: &Path) -> std::io::Result<Vec<(PathBuf, u64)>> {
+/// Files of the base that go along, by their path in it, with their sizes.
+fn small_files(base: &Path) -> anyhow::Result<Vec<(PathBuf, u64)>> {
+    let unread = |path: &Path| format!("cannot read {}", path.display());
     let mut files = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let known = path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| SMALL_FILES.contains(&extension));
-        // Files of a cache are links.
-        let facts = fs::metadata(&path)?;
-        let known = known && path.file_name().is_some_and(|name| name != ADAPTER_CONFIG_FILE);
-        if known && facts.is_file() && facts.len() <= SMALL_FILE_BYTES_MAX {
-            files.push((path, facts.len()));
+    for part in [Path::new(""), Path::new(TEMPLATES_FOLDER)] {
+        let folder = base.join(part);
+        let entries = match fs::read_dir(&folder) {
+            Err(_) if part == Path::new(TEMPLATES_FOLDER) => continue,
+            entries => entries.with_context(|| unread(&folder))?,
+        };
+        for entry in entries {
+            let file = part.join(entry.with_context(|| unread(&folder))?.file_name());
+            if !goes_along(&file) {
+                continue;
+            }
+            // Files of a cache are links.
+            let path = base.join(&file);
+            let facts = fs::metadata(&path).with_context(|| unread(&path))?;
+            if facts.is_file() && facts.len() <= SMALL_FILE_BYTES_MAX {
+                files.push((file, facts.len()));
+            }
         }
     }
     files.sort();
     Ok(files)
 }
 
-/// A copy that may be written to, whatever the original allows.
-fn copy(from: &Path, folder: &Path) -> anyhow::Result<()> {
-    let to = folder.join(from.file_name().unwrap_or_default());
-    let copied = fs::copy(from, &to).and_then(|_| fs::set_permissions(&to, Permissions::from_mode(0o644)));
+/// By its name. What is hidden is an editor's or the system's.
+fn goes_along(file: &Path) -> bool {
+    let is_hidden = file.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let kind = file.extension().and_then(|extension| extension.to_str());
+    !is_hidden && file != Path::new(ADAPTER_CONFIG_FILE) && kind.is_some_and(|kind| SMALL_FILES.contains(&kind))
+}
+
+/// A copy that may be written to, whatever the original allows, at the same place in the other folder.
+fn copy(from: &Path, file: &Path, to: &Path) -> anyhow::Result<()> {
+    let (from, to) = (from.join(file), to.join(file));
+    let copied = fs::create_dir_all(parent(&to)).and_then(|()| fs::copy(&from, &to));
+    let copied = copied.and_then(|_| fs::set_permissions(&to, Permissions::from_mode(0o644)));
     copied.with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
+}
+
+/// Forces a folder with all that is in it to the disk.
+fn sync(folder: &Path) -> anyhow::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => sync(&path)?,
+            false => File::open(&path).and_then(|file| file.sync_all()).with_context(|| format!("cannot write {}", path.display()))?,
+        }
+    }
+    sync_names(folder)
+}
+
+/// Makes what a folder's entries are called last, where its disk can be asked to.
+fn sync_names(folder: &Path) -> anyhow::Result<()> {
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            Err(error).with_context(|| format!("cannot write {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
@@ -257,11 +322,9 @@ fn dequantised(config: &[u8]) -> anyhow::Result<String> {
 }
 
 impl Partial {
-    fn create(folder: PathBuf) -> anyhow::Result<Self> {
-        // Of a process with the same number that was killed.
-        if folder.exists() {
-            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
-        }
+    /// Its name is not made of the target's, which may be as long as names can be.
+    fn create(parent: &Path) -> anyhow::Result<Self> {
+        let folder = parent.join(format!(".mlx-cluster-{}.partial", Uuid::new_v4().simple()));
         fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         Ok(Self { folder })
     }
@@ -270,7 +333,7 @@ impl Partial {
         // Takes the place of an empty folder too, and fails for one that was filled meanwhile.
         fs::rename(&self.folder, target).with_context(|| format!("cannot rename {} to {}", self.folder.display(), target.display()))?;
         self.folder = PathBuf::new();
-        Ok(())
+        sync_names(parent(target))
     }
 }
 
@@ -286,30 +349,86 @@ impl Drop for Partial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn a_target_has_to_be_free() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(check_target(folder.path()).is_ok() && check_target(&folder.path().join("new")).is_ok());
-        let file = folder.path().join("file");
-        fs::write(&file, "x").expect("written");
-        for (target, cause) in [(folder.path(), "not empty"), (&file, "no folder"), (Path::new("/.."), "folder")] {
-            let message = check_target(target).expect_err("refused").to_string();
-            assert!(message.contains(cause), "{message}");
+        let place = fs::canonicalize(folder.path()).expect("there");
+        for (target, wanted) in [("", ""), ("new", "new"), ("new/.", "new"), ("new/", "new")] {
+            assert_eq!(free_target(&place.join(target)).expect("free").components().collect::<PathBuf>(), place.join(wanted));
         }
+        assert_eq!(free_target(Path::new("not-there-yet")).expect("free"), Path::new("./not-there-yet"));
+        let file = place.join("file");
+        fs::write(&file, "x").expect("written");
+        let current = env::current_dir().expect("there");
+        let long = place.join("n".repeat(300));
+        for (target, cause) in [
+            (&*place, "not empty"),
+            (&file, "no folder"),
+            (&file.join("below"), "cannot be a folder"),
+            (&long, "cannot be a folder"),
+            (Path::new("/.."), "folder"),
+            (&place.join("new/.."), "no name"),
+            (&current, "folder"),
+        ] {
+            let message = free_target(target).expect_err("refused").to_string();
+            assert!(message.contains(cause) && message.contains("--save-path"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_link_leads_to_its_folder_and_one_to_nothing_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (target, link, dangling) = (folder.path().join("target"), folder.path().join("link"), folder.path().join("dangling"));
+        fs::create_dir(&target).expect("created");
+        symlink(&target, &link).expect("linked");
+        symlink(folder.path().join("gone"), &dangling).expect("linked");
+        let target = fs::canonicalize(target).expect("there");
+        for link in [link.clone(), link.join("")] {
+            assert_eq!(free_target(&link).expect("free"), target);
+        }
+        let message = free_target(&dangling).expect_err("refused").to_string();
+        assert!(message.contains("link to nothing"), "{message}");
+        // What is mounted everywhere.
+        assert!(is_mount_point(Path::new("/dev")).expect("there") && !is_mount_point(&target).expect("there"));
     }
 
     #[test]
     fn a_folder_that_was_not_completed_is_removed() {
         let folder = tempfile::tempdir().expect("a folder");
-        let partial = Partial::create(folder.path().join(".x.1.partial")).expect("created");
+        let partial = Partial::create(folder.path()).expect("created");
         fs::write(partial.folder.join("half"), "x").expect("written");
         drop(partial);
         assert_eq!(fs::read_dir(folder.path()).expect("read").count(), 0);
-        let target = folder.path().join("x");
+        // As long as a name can be.
+        let target = folder.path().join("n".repeat(255));
         fs::create_dir(&target).expect("created");
-        Partial::create(folder.path().join(".x.1.partial")).expect("created").keep_as(&target).expect("renamed");
+        Partial::create(folder.path()).expect("created").keep_as(&target).expect("renamed");
         assert!(target.is_dir() && fs::read_dir(folder.path()).expect("read").count() == 1);
+    }
+
+    #[test]
+    fn what_belongs_to_the_base_goes_along_and_dangling_links_of_others_do_not_matter() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (base, copied) = (folder.path().join("base"), folder.path().join("copied"));
+        fs::create_dir_all(base.join(TEMPLATES_FOLDER)).expect("created");
+        fs::create_dir(&copied).expect("created");
+        let wanted = ["additional_chat_templates/tools.jinja", "config.json", "vocab.bpe"];
+        for file in wanted.iter().chain(&[ADAPTER_CONFIG_FILE, "model.safetensors", ".hidden.json"]) {
+            fs::write(base.join(file), "x").expect("written");
+        }
+        for lock in [".#lock", ".#config.json", "notes"] {
+            symlink("nobody@nowhere", base.join(lock)).expect("linked");
+        }
+        let files = small_files(&base).expect("read");
+        assert_eq!(files, wanted.map(|file| (PathBuf::from(file), 1)));
+        files.iter().for_each(|(file, _)| copy(&base, file, &copied).expect("copied"));
+        sync(&copied).expect("written");
+        assert!(wanted.iter().all(|file| copied.join(file).is_file()));
+        symlink("nothing", base.join("tokenizer.json")).expect("linked");
+        let message = small_files(&base).expect_err("refused").to_string();
+        assert!(message.contains("cannot read") && message.contains("tokenizer.json"), "{message}");
     }
 
     #[test]
