@@ -48,8 +48,8 @@ impl Metrics {
         };
 
         let values = range(losses.values().chain(self.val_loss.values()));
-        let digits = if values.end - values.start < 0.2 { 3 } else { 2 };
-        let mut chart = axes(&upper, last, values, "loss", lower.is_none(), &|loss| format!("{loss:.digits$}"))?;
+        let label = |loss: &f64| label(*loss, &values);
+        let mut chart = axes(&upper, last, values.clone(), "loss", lower.is_none(), &label)?;
         curve(&mut chart, &losses, TRAIN, Some("training"))?;
         curve(&mut chart, &self.val_loss, VAL, Some("validation"))?;
         chart
@@ -73,8 +73,18 @@ impl Metrics {
 fn range<'a>(values: impl Iterator<Item = &'a f64>) -> Range<f64> {
     let (least, greatest) =
         values.fold((f64::INFINITY, f64::NEG_INFINITY), |(least, greatest), value| (least.min(*value), greatest.max(*value)));
-    let air = ((greatest - least) * 0.05).max(0.02);
+    // Less would be lost in the rounding of great numbers.
+    let air = ((greatest - least) * 0.05).max(0.02).max(greatest.abs() * 1e-3);
     (least - air).max(if least >= 0.0 { 0.0 } else { f64::NEG_INFINITY })..greatest + air
+}
+
+/// A loss on the axis of `values`, short enough for the room beside it.
+fn label(loss: f64, values: &Range<f64>) -> String {
+    if values.start.abs().max(values.end.abs()) >= 1e6 {
+        return format!("{loss:.3e}");
+    }
+    let digits = if values.end - values.start < 0.2 { 3 } else { 2 };
+    format!("{loss:.digits$}")
 }
 
 fn axes<'a, 'b>(
@@ -139,6 +149,7 @@ mod tests {
         Metrics {
             train: (1..=60).map(|i| (i * 10, report(i * 10))).collect(),
             val_loss: (0..=6).map(|i| (i * 100, loss(i * 100) + 0.2)).collect(),
+            ..Metrics::default()
         }
     }
 
@@ -161,5 +172,16 @@ mod tests {
         assert!(svg.contains("validation") && !svg.contains("training") && !svg.contains("learning rate") && svg.contains("iteration"));
         let flat = Metrics { train: BTreeMap::from([(1, TrainReport::default()), (2, TrainReport::default())]), ..Metrics::default() };
         assert!(flat.svg("flat").unwrap().contains("training"));
+    }
+
+    #[test]
+    fn losses_as_great_as_they_can_be_are_drawn_with_their_scale() {
+        let greatest = f64::from(f32::MAX);
+        for losses in [vec![-greatest, greatest], vec![greatest], vec![1e15], vec![1e15, 1e15], vec![-1e15, -1e15], vec![3.0, 1e20]] {
+            let val_loss: BTreeMap<u64, f64> = (0..).zip(losses).collect();
+            let svg = Metrics { val_loss: val_loss.clone(), ..Metrics::default() }.svg("great").unwrap();
+            let labels = svg.lines().filter(|line| line.trim().contains('e') && line.trim().parse::<f64>().is_ok()).count();
+            assert!(labels >= 3, "{labels} labels for {val_loss:?}");
+        }
     }
 }
