@@ -1,5 +1,6 @@
 //! `mlx-cluster fuse`: an adapter becomes part of its base, as a model folder that mlx-lm and this program load.
 
+mod finite;
 mod output;
 
 use crate::{
@@ -100,6 +101,7 @@ fn write(
     let adapter = &files.adapter.clone().without_unused(&map, &base.index);
     adapter.check_against(&spec, &map, model).map_err(bad_file)?;
     let plan = FusePlan::new(&spec, &map, adapter, args.dequantize).map_err(bad_file)?;
+    finite::check(files, stop)?;
     let output = Output::begin(target, base, &plan)?;
     let bar = bar(output.bytes());
     let bytes = output.bytes();
