@@ -11,15 +11,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// How names of event files begin, by which TensorBoard knows them.
-const EVENTS: &str = "events.out.tfevents";
-
 /// An event file that scalars are added to. Whole records are handed to the system at once, so that a reader never waits for the end of one.
 #[derive(Debug)]
 pub struct EventFile {
     file: File,
-    /// There are older event files in the folder, and their steps that come again were not taken back yet.
-    follows_others: bool,
+    has_started: bool,
     /// The last that a report named.
     step: i64,
 }
@@ -47,7 +43,8 @@ enum What {
     SessionLog(SessionLog),
 }
 
-/// On a start, TensorBoard forgets what it read of the event's step and of later ones.
+/// On a start, TensorBoard forgets what older files of the folder say of the event's step and of later ones. It passes over the first start of
+/// a folder, so that the first file needs one too.
 #[derive(Clone, PartialEq, Message)]
 struct SessionLog {
     /// An enum.
@@ -77,9 +74,8 @@ impl EventFile {
     pub fn create(folder: &Path, now: SystemTime) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let since = since_1970(now);
-        let name = format!("{EVENTS}.{:010}.mlx-cluster.{}.{}", since.as_secs(), std::process::id(), since.subsec_nanos());
-        let follows_others = has_events(folder)?;
-        let mut file = Self { file: File::create_new(folder.join(name))?, follows_others, step: 0 };
+        let name = format!("events.out.tfevents.{:010}.mlx-cluster.{}.{}", since.as_secs(), std::process::id(), since.subsec_nanos());
+        let mut file = Self { file: File::create_new(folder.join(name))?, has_started: false, step: 0 };
         file.append(Event { wall_time: since.as_secs_f64(), step: 0, what: Some(What::FileVersion("brain.Event:2".into())) })?;
         Ok(file)
     }
@@ -90,7 +86,7 @@ impl EventFile {
         let wall_time = since_1970(now).as_secs_f64();
         if let Some(iteration) = report.get("iteration").and_then(Value::as_i64) {
             self.step = iteration;
-            if mem::take(&mut self.follows_others) {
+            if !mem::replace(&mut self.has_started, true) {
                 let what = Some(What::SessionLog(SessionLog { status: START }));
                 self.append(Event { wall_time, step: first_again(report, iteration), what })?;
             }
@@ -111,15 +107,6 @@ impl EventFile {
 fn first_again(report: &Map<String, Value>, iteration: i64) -> i64 {
     let goes_on = report.contains_key("val_loss") && iteration > 0;
     iteration + i64::from(goes_on)
-}
-
-fn has_events(folder: &Path) -> io::Result<bool> {
-    for entry in std::fs::read_dir(folder)? {
-        if entry?.file_name().to_string_lossy().starts_with(EVENTS) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 fn since_1970(time: SystemTime) -> Duration {
@@ -195,6 +182,7 @@ mod tests {
         let event = |step: i64, what: What| Event { wall_time: 1_700_000_000.5, step, what: Some(what) };
         let wanted = [
             event(0, What::FileVersion("brain.Event:2".into())),
+            event(0, What::SessionLog(SessionLog { status: START })),
             event(0, What::Summary(Summary { values: vec![scalar("val_loss", 3.5)] })),
             event(10, What::Summary(Summary { values: vec![scalar("train_loss", 2.25), scalar("learning_rate", 0.0)] })),
         ];
@@ -202,31 +190,22 @@ mod tests {
     }
 
     #[test]
-    fn a_file_beside_older_ones_takes_back_what_comes_again() {
-        let now = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
+    fn a_start_takes_back_what_comes_again_and_a_report_on_the_test_set_is_one_of_the_last_iteration() {
         let val = |iteration: u64| json!({"iteration": iteration, "val_loss": 3.5});
         let train = |iteration: u64| json!({"iteration": iteration, "train_loss": 2.5});
-        let test = json!({"test_loss": 1.5});
         for (first, start) in [(train(30), 30), (val(20), 21), (val(0), 0)] {
             let folder = tempfile::tempdir().unwrap();
-            EventFile::create(folder.path(), now(1)).unwrap();
-            let mut file = EventFile::create(folder.path(), now(2)).unwrap();
-            for report in [&first, &train(40), &test] {
-                file.add(report.as_object().unwrap(), now(3)).unwrap();
+            let mut file = EventFile::create(folder.path(), UNIX_EPOCH).unwrap();
+            for report in [&first, &train(40), &json!({"test_loss": 1.5})] {
+                file.add(report.as_object().unwrap(), UNIX_EPOCH).unwrap();
             }
-            let events = |second: u64| {
-                let mut paths = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
-                let path = paths.find(|path| path.to_string_lossy().contains(&format!("tfevents.000000000{second}.")));
-                frames(&std::fs::read(path.unwrap()).unwrap())
-            };
-            assert_eq!(events(1).len(), 1, "nothing came before it");
-            let second = events(2);
-            let wanted = Event { wall_time: 3.0, step: start, what: Some(What::SessionLog(SessionLog { status: START })) };
-            assert_eq!(second[1], wanted);
+            let path = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+            let events = frames(&std::fs::read(path).unwrap());
+            assert_eq!(events[1].what, Some(What::SessionLog(SessionLog { status: START })));
             // Field 7, whose field 1 is 1.
-            assert!(wanted.encode_to_vec().ends_with(&[0x3a, 2, 8, 1]));
-            // A report on the test set is one of the last iteration.
-            assert_eq!(second[2..].iter().map(|event| event.step).collect::<Vec<_>>(), [first["iteration"].as_i64().unwrap(), 40, 40]);
+            assert!(events[1].encode_to_vec().ends_with(&[0x3a, 2, 8, 1]));
+            let steps: Vec<i64> = events[1..].iter().map(|event| event.step).collect();
+            assert_eq!(steps, [start, first["iteration"].as_i64().unwrap(), 40, 40]);
         }
     }
 }
