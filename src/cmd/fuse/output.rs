@@ -72,41 +72,37 @@ struct Partial {
 /// Where the result is renamed to in the end: `path`, or the folder that it is a link to. It has to be free, not there or an empty folder, and
 /// of a kind that a folder can take the place of; else all the work would be for nothing.
 pub(super) fn free_target(path: &Path) -> anyhow::Result<PathBuf> {
-    let refused = |what: &str| {
+    let refused = |what: &str| -> anyhow::Result<PathBuf> {
         let message = format!("{} {what}: give --save-path a folder that is not there yet", path.display());
         Err(Failure::new(Exit::Usage, message).into())
     };
-    let is_new = match fs::symlink_metadata(path) {
-        Ok(_) => false,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+    // Without what may stand behind the name, as in `name/.`: a link would be followed.
+    let named = path.file_name().map(|name| parent(path).join(name));
+    match fs::symlink_metadata(named.as_deref().unwrap_or(path)) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return named.map_or_else(|| refused("is no name for a folder"), Ok),
         Err(error) => return refused(&format!("cannot be a folder ({error})")),
-    };
-    if is_new {
-        // Without what may stand behind the name, as in `name/.`.
-        return match path.file_name() {
-            Some(name) => Ok(parent(path).join(name)),
-            None => refused("is no name for a folder"),
-        };
     }
     let Ok(target) = fs::canonicalize(path) else { return refused("is a link to nothing that is there") };
     let Ok(mut entries) = fs::read_dir(&target) else { return refused("is there and no folder that can be read") };
     if entries.next().is_some() {
         return refused("is there and not empty");
     }
-    if env::current_dir().and_then(fs::canonicalize).is_ok_and(|current| current == target) {
-        return refused("is the current folder, whose place no other can take");
-    }
-    match is_mount_point(&target).with_context(|| format!("cannot read {}", target.display()))? {
-        true => refused("is where a disk is mounted, whose place no folder can take"),
-        false => Ok(target),
+    let current = env::current_dir().and_then(fs::canonicalize).ok();
+    match fixed(&target, current.as_deref()).with_context(|| format!("cannot read {}", target.display()))? {
+        Some(what) => refused(&format!("is {what}, whose place no other folder can take")),
+        None => Ok(target),
     }
 }
 
-fn is_mount_point(folder: &Path) -> io::Result<bool> {
-    match folder.parent() {
-        Some(parent) => Ok(fs::metadata(folder)?.dev() != fs::metadata(parent)?.dev()),
-        None => Ok(true),
+/// What keeps a folder where it is.
+fn fixed(folder: &Path, current: Option<&Path>) -> io::Result<Option<&'static str>> {
+    if current == Some(folder) {
+        return Ok(Some("the current folder"));
     }
+    let Some(parent) = folder.parent() else { return Ok(Some("the root of a disk")) };
+    let is_mount_point = fs::metadata(folder)?.dev() != fs::metadata(parent)?.dev();
+    Ok(is_mount_point.then_some("where a disk is mounted"))
 }
 
 fn parent(path: &Path) -> &Path {
@@ -388,10 +384,22 @@ mod tests {
         for link in [link.clone(), link.join("")] {
             assert_eq!(free_target(&link).expect("free"), target);
         }
-        let message = free_target(&dangling).expect_err("refused").to_string();
-        assert!(message.contains("link to nothing"), "{message}");
-        // What is mounted everywhere.
-        assert!(is_mount_point(Path::new("/dev")).expect("there") && !is_mount_point(&target).expect("there"));
+        for link in [dangling.clone(), dangling.join("")] {
+            let message = free_target(&link).expect_err("refused").to_string();
+            assert!(message.contains("link to nothing"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_current_folder_and_a_mount_point_stay_where_they_are() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let place = folder.path();
+        let what = |folder: &Path| fixed(folder, Some(place)).expect("there");
+        assert_eq!(what(place), Some("the current folder"));
+        // It is mounted on every system.
+        assert_eq!(what(Path::new("/dev")), Some("where a disk is mounted"));
+        fs::create_dir(place.join("new")).expect("created");
+        assert_eq!((what(Path::new("/")), what(&place.join("new"))), (Some("the root of a disk"), None));
     }
 
     #[test]
