@@ -65,13 +65,16 @@ impl Start {
     }
 
     pub(super) fn check_data(&self, fingerprint: &str) -> Result<(), String> {
-        match &self.data {
-            Some((iteration, wanted)) if wanted != fingerprint => Err(format!(
-                "the training examples are not those that the checkpoint of iteration {iteration} was made with: bring them back, or start a new \
-                 job with `resume_adapter_file`"
-            )),
-            _ => Ok(()),
-        }
+        let Some((iteration, wanted)) = self.data.as_ref().filter(|(_, wanted)| wanted != fingerprint) else { return Ok(()) };
+        // The number of validation batches stands behind.
+        let of_training = |fingerprint: &str| fingerprint.split('+').next().map(str::to_owned);
+        let what = match of_training(wanted) == of_training(fingerprint) {
+            true => "the validation set has another number of batches than the one, on which the order of training depends, that",
+            false => "the training examples are not those that",
+        };
+        Err(format!(
+            "{what} the checkpoint of iteration {iteration} was made with: bring them back, or start a new job with `resume_adapter_file`"
+        ))
     }
 }
 
