@@ -168,6 +168,15 @@ fn a_job_that_diverges_stops_and_keeps_its_last_good_checkpoint() {
 }
 
 #[test]
+fn a_job_that_ends_before_its_first_update_leaves_an_adapter_all_the_same() {
+    let bench = Bench::new(1);
+    bench.train(&json!({"iters": 1, "grad_accumulation_steps": 2})).expect_success();
+    for file in ["adapters.safetensors", "adapter_config.json", "metrics.jsonl"] {
+        assert!(bench.path("adapter").join(file).is_file(), "{file}");
+    }
+}
+
+#[test]
 fn a_job_goes_on_with_what_it_was_made_with_alone() {
     let bench = Bench::new(1);
     bench.train(&json!({})).expect_success();

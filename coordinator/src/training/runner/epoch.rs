@@ -354,10 +354,13 @@ impl<'a> EpochRun<'a> {
             config: job.config.clone(),
         };
         let config = job.config.clone();
+        // Before the first update there is nothing that would be worth what may lie there of an earlier job; a job that ends without one has
+        // no more to give.
+        let is_exported = iteration > 0 || number == config.iters;
         let written = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let checkpoint = kept_text(writer.finish(state))?;
-            kept_text(exported(&checkpoint, &config, is_numbered.then_some(number)))
+            if is_exported { kept_text(put_beside(&checkpoint, &config, is_numbered.then_some(number))) } else { Ok(()) }
         });
         written.await.map_err(|error| Stop::Failed(error.to_string()))?.map_err(Stop::Failed)?;
         kept(job.context.reporter.saved(iteration))?;
@@ -377,22 +380,21 @@ async fn newest(job: &Job) -> Result<Option<Checkpoint>, Stop> {
 
 /// The adapter of a checkpoint may not have got to where mlx-lm puts it.
 async fn export(job: &Job, checkpoint: Checkpoint) -> Result<(), Stop> {
+    if checkpoint.state.iteration == 0 {
+        return Ok(());
+    }
     let turn = Arc::clone(&job.writing).lock_owned().await;
     let (config, iteration) = (job.config.clone(), checkpoint.state.iteration);
     let number = iteration.is_multiple_of(config.save_every).then_some(iteration);
     let done = tokio::task::spawn_blocking(move || {
         let _turn = turn;
-        exported(&checkpoint, &config, number)
+        put_beside(&checkpoint, &config, number)
     });
     kept(done.await.map_err(|error| Stop::Failed(error.to_string()))?)
 }
 
-/// Puts the adapter and its config where mlx-lm does. Before the first update there is nothing that would be worth what may lie there of an earlier
-/// job.
-fn exported(checkpoint: &Checkpoint, config: &TrainingConfig, number: Option<u64>) -> Result<(), CheckpointError> {
-    if checkpoint.state.iteration == 0 {
-        return Ok(());
-    }
+/// Puts the adapter and its config where mlx-lm does.
+fn put_beside(checkpoint: &Checkpoint, config: &TrainingConfig, number: Option<u64>) -> Result<(), CheckpointError> {
     export_config(config, &config.adapter_path)?;
     checkpoint.export(&config.adapter_path, number)
 }
