@@ -152,10 +152,10 @@ pub(super) struct Instance {
     pub(super) cause: Option<String>,
     /// Why there is no plan, and what that is about.
     pub(super) refusal: Option<(Situation, ClusterFailure)>,
-    /// Of all plans so far.
+    /// The most that a plan had so far.
     pub(super) most_ranks: usize,
-    /// When it was last looked whether a job could have lost workers back.
-    pub(super) looked_for_more: Option<Situation>,
+    /// When it was last looked whether a job could have lost workers back: a job forgets with its epoch what it was offered.
+    pub(super) looked_for_more: Option<(Epoch, Situation)>,
 }
 
 impl Instance {

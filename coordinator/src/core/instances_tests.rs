@@ -198,6 +198,23 @@ fn a_job_takes_workers_that_it_lost_again_once_it_has_kept_what_it_has() {
 }
 
 #[test]
+fn what_a_job_could_have_is_told_again_when_its_epoch_is_over() {
+    let mut world = idle(2);
+    world.saves = false;
+    world.start_job(1, TrainStrategy::Pipeline);
+    world.run(ms(3000));
+    world.worker_down("w1", true);
+    world.run(ms(15_000));
+    world.worker_up("w1");
+    world.run(ms(5000));
+    let epoch = world.jobs[&JOB].ready.expect("it runs");
+    world.tell(Event::SessionBroken { instance: JOB, epoch, node: None, message: "no answer".into() });
+    world.run(ms(5000));
+    assert!(world.jobs[&JOB].ready.is_some_and(|now| now > epoch));
+    assert_eq!(world.jobs[&JOB].could_have, [["w1"], ["w1"]]);
+}
+
+#[test]
 fn a_job_waits_a_little_for_a_worker_that_comes_back() {
     let mut world = idle(2);
     world.start_job(1, TrainStrategy::Pipeline);

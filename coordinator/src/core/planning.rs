@@ -77,15 +77,16 @@ impl Instance {
         }
     }
 
-    /// Tells a job that goes on with fewer workers than it had, once in each situation, when a plan would have more again.
+    /// Tells a job that goes on with fewer workers than it had, once in each epoch and situation, when a plan would have more again.
     pub(super) fn look_for_more(&mut self, context: &mut Context<'_>) {
         let (Some(deployment), members) = (&self.deployment, context.members) else { return };
         let n = deployment.plan.ranks().count();
         let may_be = self.is_training() && n < self.most_ranks && n < members.connected().count();
-        if !may_be || context.now < members.last_up + MEASURED_WITHIN || self.looked_for_more == Some(context.situation) {
+        let now = Some((self.epoch, context.situation));
+        if !may_be || context.now < members.last_up + MEASURED_WITHIN || self.looked_for_more == now {
             return;
         }
-        self.looked_for_more = Some(context.situation);
+        self.looked_for_more = now;
         let Ok(plan) = self.plan(context) else { return };
         if plan.ranks().count() > n {
             let new = plan.ranks().filter(|rank| !deployment.is_on(&rank.node));
