@@ -5,6 +5,11 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     known.into_iter().min_by_key(|known| distance(known, name))
 }
 
+/// The nearest known name, where it may have been meant: with no more edits than half of the letters that were written.
+pub fn near<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    nearest(name, known).filter(|known| 2 * distance(known, name) <= name.chars().count())
+}
+
 /// Edit distance (Levenshtein 1966).
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().take(80).collect();
@@ -31,5 +36,6 @@ mod tests {
         assert_eq!(nearest("kitten", ["sitting"]), Some("sitting"));
         assert_eq!(distance("kitten", "sitting"), 3);
         assert_eq!(nearest("anything", []), None);
+        assert_eq!([near("batch_sise", ["iters", "batch_size"]), near("xyzzyqq", ["config"])], [Some("batch_size"), None]);
     }
 }

@@ -1,8 +1,10 @@
 //! Which modules of a model an adapter sits on.
 
-use super::{FineTune, LoraParameters, config::resembles};
-use crate::nearest::nearest;
-use crate::spec::{ModelSpec, Part, Weight};
+use super::{FineTune, LoraParameters};
+use crate::{
+    nearest::near,
+    spec::{ModelSpec, Part, Weight},
+};
 use std::collections::BTreeSet;
 
 /// A matrix that can have low-rank factors.
@@ -129,8 +131,7 @@ impl ModelSpec {
         let names: BTreeSet<String> = names.collect();
         let last = key.rsplit('.').next().unwrap_or(key);
         let same_end = names.iter().find(|name| name.rsplit('.').next() == Some(last)).map(String::as_str);
-        let near = || nearest(key, names.iter().map(String::as_str)).filter(|near| resembles(key, near));
-        same_end.or_else(near).map(str::to_owned)
+        same_end.or_else(|| near(key, names.iter().map(String::as_str))).map(str::to_owned)
     }
 }
 

@@ -20,7 +20,6 @@ use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::{ops::Deref, path::PathBuf};
-pub(super) use table::resembles;
 use table::{MOST, Table};
 
 /// What a job is told, by mlx-lm's keys. It is made from such keys alone ([`TrainingConfig::parse`], serde) and cannot be changed

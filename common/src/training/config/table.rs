@@ -1,7 +1,7 @@
 //! Typed reading of one mapping of a config. As in mlx-lm, a key whose value is null is a key that is not there.
 
 use super::error::TrainingConfigError as Error;
-use crate::nearest::nearest;
+use crate::nearest::near;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
@@ -47,8 +47,7 @@ impl<'a> Table<'a> {
         match self.map.keys().find(|key| !known.contains(&key.as_str())) {
             None => Ok(()),
             Some(key) => {
-                let near = nearest(key, known.iter().copied()).filter(|near| resembles(key, near));
-                let hint = match (hint(key), near) {
+                let hint = match (hint(key), near(key, known.iter().copied())) {
                     (Some(hint), _) => format!(": {hint}"),
                     (None, Some(nearest)) => format!("; the nearest is `{}`", self.path(nearest)),
                     (None, None) => String::new(),
@@ -131,12 +130,6 @@ impl<'a> Table<'a> {
             Some(value) => Err(Error::invalid(self.path(key), value, "a list of two numbers")),
         }
     }
-}
-
-/// Whether a known name may have been meant: half of the letters of what was written are in it.
-pub(in crate::training) fn resembles(written: &str, known: &str) -> bool {
-    let shared = written.chars().filter(|letter| known.contains(*letter)).count();
-    2 * shared >= written.chars().count()
 }
 
 /// No count of a config is higher.
