@@ -245,7 +245,7 @@ fn small_files(base: &Path) -> anyhow::Result<Vec<(PathBuf, u64)>> {
     for part in [Path::new(""), Path::new(TEMPLATES_FOLDER)] {
         let folder = base.join(part);
         let entries = match fs::read_dir(&folder) {
-            Err(_) if part == Path::new(TEMPLATES_FOLDER) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && part == Path::new(TEMPLATES_FOLDER) => continue,
             entries => entries.with_context(|| unread(&folder))?,
         };
         for entry in entries {
