@@ -127,7 +127,7 @@ fn forward_and_back(stages: &mut [TrainedStage], micro: &MicroBatch) -> Result<f
 }
 
 fn pipeline(model: &Model, cuts: &[u32], request: &Request) -> Result<Vec<TrainedStage>, Box<dyn Error>> {
-    model.stages(cuts).map(|layers| stage(model, layers, &TensorPlace::alone(), None, request)).collect()
+    model.stages(cuts).into_iter().map(|layers| stage(model, layers, &TensorPlace::alone(), None, request)).collect()
 }
 
 fn rank(model: &Model, place: TensorPlace, addresses: &[String], request: &Request) -> Result<TrainedStage, Box<dyn Error>> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// The entries of these ranges of an axis, one range after the other.
 pub(crate) fn entries(array: &Array, axis: usize, ranges: &[Range<u32>]) -> Result<Array, LmError> {
-    let parts = ranges.iter().map(|range| run(array, axis, range.start as i32..range.end as i32));
+    let parts = ranges.iter().map(|range| sliced(array, axis, range.start as i32..range.end as i32));
     let parts = parts.collect::<Result<Vec<_>, LmError>>()?;
     match parts.as_slice() {
         [one] => Ok(one.clone()),
@@ -67,7 +67,7 @@ fn side_by_side(array: &Array, axis: usize, length: i32, runs: &[Run]) -> Result
         if *start > end {
             parts.push(gap(start - end)?);
         }
-        parts.push(run(array, axis, *from..from + count)?);
+        parts.push(sliced(array, axis, *from..from + count)?);
         end = start + count;
     }
     if length > end {
@@ -76,7 +76,7 @@ fn side_by_side(array: &Array, axis: usize, length: i32, runs: &[Run]) -> Result
     Ok(ops::concatenate(&parts, axis as i32)?)
 }
 
-fn run(array: &Array, axis: usize, range: Range<i32>) -> Result<Array, LmError> {
+fn sliced(array: &Array, axis: usize, range: Range<i32>) -> Result<Array, LmError> {
     let (mut start, mut stop) = (vec![0; array.ndim()], array.shape().to_vec());
     (start[axis], stop[axis]) = (range.start, range.end);
     ffi::slice(array, &start, &stop)

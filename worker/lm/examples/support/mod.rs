@@ -15,9 +15,11 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+/// Of all ranks together: a little less than whoever runs this gives it, so that none is left behind.
+const DEADLINE: Duration = Duration::from_secs(270);
 /// How often it is asked whether a rank has ended.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -38,15 +40,15 @@ impl Model {
     }
 
     /// The layers of each stage; `cuts` are the first layers of all but the first.
-    pub(crate) fn stages(&self, cuts: &[u32]) -> impl Iterator<Item = Range<u32>> {
-        let starts = [0].into_iter().chain(cuts.iter().copied());
+    pub(crate) fn stages(&self, cuts: &[u32]) -> Vec<Range<u32>> {
+        let starts = [0].iter().chain(cuts).copied();
         let ends = cuts.iter().copied().chain([self.spec.n_layers()]);
-        starts.zip(ends).map(|(start, end)| start..end).collect::<Vec<_>>().into_iter()
+        starts.zip(ends).map(|(start, end)| start..end).collect()
     }
 }
 
 /// Starts this program once for each rank, with `folder`, the rank's place and all addresses in JSON and `further` as its arguments and `request`
-/// on stdin; gives what rank 0 prints. When a rank fails, the others are ended.
+/// on stdin; gives what rank 0 prints. When a rank fails, or they take too long, all are ended.
 pub(crate) fn run_ranks(folder: &str, request: &str, shares: &[u32], further: &[&str]) -> Result<String, Box<dyn Error>> {
     let free = |_: &u32| Ok::<_, std::io::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string());
     let addresses = serde_json::to_string(&shares.iter().map(free).collect::<Result<Vec<_>, _>>()?)?;
@@ -80,22 +82,28 @@ pub(crate) fn run_ranks(folder: &str, request: &str, shares: &[u32], further: &[
     failed.map_or_else(|| Ok(output.trim().to_owned()), |failed| Err(format!("{failed} of shares {shares:?}").into()))
 }
 
-/// Until all have ended well, or one has not: it is named.
+/// Until all have ended well, or one has not: it is named, and none runs on.
 fn wait(ranks: &mut [Child]) -> Result<Option<String>, Box<dyn Error>> {
-    loop {
+    let failed = watch(ranks)?;
+    if failed.is_some() {
+        for rank in ranks {
+            // It may have ended by now.
+            drop(rank.kill());
+            rank.wait()?;
+        }
+    }
+    Ok(failed)
+}
+
+fn watch(ranks: &mut [Child]) -> Result<Option<String>, Box<dyn Error>> {
+    let start = Instant::now();
+    while start.elapsed() < DEADLINE {
         let mut n_running = 0;
-        for number in 0..ranks.len() {
-            match ranks[number].try_wait()? {
+        for (number, rank) in ranks.iter_mut().enumerate() {
+            match rank.try_wait()? {
                 None => n_running += 1,
                 Some(status) if status.success() => {}
-                Some(status) => {
-                    for other in ranks.iter_mut() {
-                        // It may have ended by now.
-                        drop(other.kill());
-                        other.wait()?;
-                    }
-                    return Ok(Some(format!("rank {number} ended with {status}")));
-                }
+                Some(status) => return Ok(Some(format!("rank {number} ended with {status}"))),
             }
         }
         if n_running == 0 {
@@ -103,4 +111,5 @@ fn wait(ranks: &mut [Child]) -> Result<Option<String>, Box<dyn Error>> {
         }
         std::thread::sleep(POLL);
     }
+    Ok(Some(format!("a rank did not end within {} s", DEADLINE.as_secs())))
 }
